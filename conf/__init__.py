@@ -1,0 +1,1 @@
+"""Hydra configuration: values only; the schema is flows/config.py."""

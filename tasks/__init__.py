@@ -1,0 +1,1 @@
+"""Worker code: functions on tensors and tables, and the plain classes that run a stage on one part. No Ray, no Hydra."""

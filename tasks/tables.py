@@ -1,0 +1,217 @@
+"""The tables: every column of every Parquet table, each with one sentence.
+
+In: a pyarrow Table and the name of its schema. Out: the same table, checked and in schema order, or an AssertionError.
+Keys that travel: `image` numbers the images of one probing dataset in its stored order and `image_id` is its readable,
+storage-independent name; (`layer`, `unit`) is a unit; `concept_id` and `crop_id` are derived from content alone.
+"""
+
+import pyarrow as pa
+
+VERSION = 1
+"""Part of every fingerprint: raise it when the meaning of a column changes."""
+
+I32, I64, F32, F64, F16 = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.float16()
+STR, BOOL = pa.string(), pa.bool_()
+
+IMAGE = {"image": (I32, "number of the image in the probing dataset's stored order")}
+IMAGE_ID = {"image_id": (STR, "path below the dataset root, or tar + member, or Parquet file + row")}
+UNIT = {"layer": (STR, "module path in the target model"), "unit": (I32, "channel of the layer")}
+TAIL = {"tail": (STR, "top (largest activations) or bottom (smallest, for units that go below zero)")}
+BOX = {
+    "x0": (F32, "left edge in pixels of the upright image"),
+    "y0": (F32, "upper edge"),
+    "x1": (F32, "right edge, exclusive"),
+    "y1": (F32, "lower edge, exclusive"),
+}
+EMBEDDING = {"embedding": (pa.list_(F16), "CLIP vector of norm 1")}
+SOURCE = {
+    "uri": (STR, "file that holds the bytes"),
+    "offset": (I64, "first byte inside a tar, else null"),
+    "length": (I64, "number of bytes inside a tar, else null"),
+    "row": (I64, "row inside a Parquet file, else null"),
+    "label": (STR, "class folder, cls member or label column; null where there is none"),
+}
+
+COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
+    "listing": IMAGE | IMAGE_ID | SOURCE,
+    "images": IMAGE
+    | IMAGE_ID
+    | SOURCE
+    | {
+        "width": (I32, "pixels, upright; 0 where the image cannot be read"),
+        "height": (I32, "pixels, upright"),
+        "content": (STR, "SHA-256 of the file's bytes, hex"),
+        "split": (STR, "explain, select or validate: a hash of the content, so duplicates never straddle"),
+        "stored": (BOOL, "whether pooled activations of this image are kept"),
+        "sampled": (BOOL, "whether its positions enter the position histograms (a hash-fixed sixteenth)"),
+        "status": (STR, "ok, or the reason why the image is left out"),
+    },
+    "image_embeddings": IMAGE | EMBEDDING,
+    "concepts": {
+        "concept_id": (STR, "hash of the concept"),
+        "concept": (STR, "short phrase"),
+        "family": (STR, "colour, texture, pattern, shape, material, part, object, animal, plant, scene, action, ..."),
+        "sources": (pa.list_(STR), "where it came from: classes, prompt ids, file"),
+        "prompt_id": (STR, "prompt that brought it first; null for word lists"),
+        "llm": (STR, "language model that wrote it; null for word lists"),
+        "parent": (STR, "concept_id it was refined from; null in round 0"),
+        "round": (I32, "round of refinement, 0 first"),
+    },
+    "answers": {
+        "prompt_id": (STR, "template file and hash of the filled prompt"),
+        "prompt": (STR, "what the language model was asked"),
+        "answer": (STR, "what it said, raw"),
+        "tokens": (I32, "tokens generated"),
+        "status": (STR, "ok, or why nothing could be taken from the answer"),
+    },
+    "concept_embeddings": {"concept_id": (STR, "hash of the concept")} | EMBEDDING,
+    "candidates": UNIT
+    | TAIL
+    | {
+        "image": (pa.list_(I32), "best images of the shard under the total order, best first"),
+        "activation": (pa.list_(F32), "pooled activation of each"),
+        "position": (pa.list_(I32), "index of the peak in the flattened map, prefix tokens left out"),
+    },
+    "stats": UNIT
+    | {
+        "count": (I64, "readable images with a finite activation"),
+        "nonfinite": (I64, "readable images whose activation is not finite; they are left out of everything else"),
+        "mean": (F64, "mean pooled activation"),
+        "m2": (F64, "sum of squared deviations from the mean"),
+        "minimum": (F32, "smallest pooled activation"),
+        "maximum": (F32, "largest pooled activation"),
+        "low": (F32, "smallest activation at any position"),
+        "prefix_maximum": (F32, "largest activation on a prefix token (CLS, registers); null without prefix tokens"),
+        "histogram": (pa.list_(I64), "counts of pooled activations over tasks.moments.EDGES"),
+        "position_histogram": (pa.list_(I64), "counts of activations at single positions of the sampled images"),
+        "explain_count": (I64, "images of the explain split in the sums that follow"),
+        "sum": (F64, "sum of activations, explain split"),
+        "sum_cubed": (F64, "sum of cubed activations, explain split"),
+        "embedding_sum": (pa.list_(F32), "sum of activation x image embedding, explain split"),
+        "embedding_sum_cubed": (pa.list_(F32), "sum of cubed activation x image embedding, explain split"),
+    },
+    "pooled": UNIT
+    | {
+        "scale": (F32, "multiply the stored values by this"),
+        "activation": (pa.list_(F16), "pooled activations of the shard's stored images, in image order"),
+    },
+    "exemplars": UNIT
+    | TAIL
+    | {"rank": (I32, "0 is the strongest")}
+    | IMAGE
+    | IMAGE_ID
+    | {
+        "activation": (F32, "pooled activation"),
+        "position": (I32, "index of the peak in the flattened map"),
+    },
+    "unit_stats": UNIT
+    | {
+        "count": (I64, "readable images with a finite activation"),
+        "nonfinite": (I64, "images whose activation is not finite"),
+        "mean": (F64, "mean pooled activation"),
+        "std": (F64, "its standard deviation over images"),
+        "minimum": (F32, "smallest pooled activation"),
+        "maximum": (F32, "largest pooled activation"),
+        "low": (F32, "smallest activation at any position"),
+        "prefix_maximum": (F32, "largest activation on a prefix token; null without prefix tokens"),
+        "position_quantile": (F32, "quantile 0.995 of activations over positions, from the histogram"),
+        "histogram": (pa.list_(I64), "counts of pooled activations over tasks.moments.EDGES"),
+        "explain_count": (I64, "images of the explain split in the sums that follow"),
+        "sum": (F64, "sum of activations"),
+        "sum_cubed": (F64, "sum of cubed activations"),
+        "embedding_sum": (pa.list_(F32), "sum of activation x image embedding"),
+        "embedding_sum_cubed": (pa.list_(F32), "sum of cubed activation x image embedding"),
+    },
+    "patches": UNIT
+    | TAIL
+    | {"rank": (I32, "rank of the exemplar")}
+    | IMAGE
+    | IMAGE_ID
+    | {"crop_id": (I64, "the crop that stands for the patch")}
+    | BOX
+    | {"active_fraction": (F32, "share of the map above the threshold")},
+    "crops": {"crop_id": (I64, "image * 64 + number in the image's crop grid")} | IMAGE | BOX,
+    "embeddings": {"crop_id": (I64, "the crop")} | EMBEDDING,
+    "scores": UNIT
+    | {
+        "rank": (I32, "0 is the best concept"),
+        "concept_id": (STR, "hash of the concept"),
+        "concept": (STR, "short phrase"),
+        "family": (STR, "family of the concept"),
+        "score": (F32, "value of the scorer"),
+        "null_z": (F32, "mean similarity of the patches against random crops of the same sizes, standard deviations"),
+        "share": (F32, "share of the patches that match the concept better than 95 % of random crops do"),
+    },
+    "explanations": UNIT
+    | {
+        "phrase": (STR, "the best concept; null where a unit has no patches"),
+        "concepts": (pa.list_(STR), "best concepts, best first"),
+        "weights": (pa.list_(F32), "their weights: null_z above zero, normalised to sum 1"),
+        "margin": (F32, "score of the best minus score of the second"),
+        "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
+    },
+    "validation": UNIT
+    | {
+        "images": (I32, "images of the validate split used"),
+        "correlation": (F32, "Pearson, activation against similarity to the phrase, validate split"),
+        "lower": (F32, "95 % interval, Fisher's transform"),
+        "upper": (F32, "95 % interval"),
+        "p": (F64, "one-sided p value of no positive correlation, Fisher's transform"),
+        "rival": (STR, "best other concept on the select split"),
+        "rival_gain": (F32, "how much better the rival correlates there, in standard errors"),
+    },
+    "neurons": UNIT
+    | {
+        "status": (STR, "explained, ambiguous, unexplained, dead, always_on or special_token_only"),
+        "phrase": (STR, "the name; null where there is nothing to name"),
+        "concepts": (pa.list_(STR), "best concepts, best first"),
+        "weights": (pa.list_(F32), "their weights"),
+        "margin": (F32, "score of the best minus score of the second"),
+        "confidence": (F32, "correlation with the phrase on the validate split; null without one"),
+        "lower": (F32, "95 % interval of the confidence"),
+        "upper": (F32, "95 % interval"),
+        "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
+        "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
+    },
+    "precision": {
+        "dtype": (STR, "number format of the target model"),
+        "overlap": (F32, "mean share of the float32 top 20 images that it keeps"),
+    },
+    "pages": {
+        "layer": (STR, "module path in the target model"),
+        "path": (STR, "page below the report folder"),
+        "units": (I32, "units on the page"),
+    },
+}
+
+SCHEMAS = {name: pa.schema([(c, dtype) for c, (dtype, _) in columns.items()]) for name, columns in COLUMNS.items()}
+
+
+def make_table(name: str, columns: dict) -> pa.Table:
+    """Table `name` from arrays or lists by column; every column of the schema must be given, no other."""
+    schema = SCHEMAS[name]
+    assert set(columns) == set(schema.names), f"{name}: columns {sorted(set(columns) ^ set(schema.names))} do not fit"
+    return pa.table({c: _array(columns[c], schema.field(c).type) for c in schema.names}, schema=schema)
+
+
+def _array(values, dtype: pa.DataType) -> pa.Array:
+    if pa.types.is_list(dtype) and getattr(values, "ndim", 1) == 2:
+        rows, width = values.shape
+        flat = pa.array(values.reshape(-1), dtype.value_type)
+        return pa.ListArray.from_arrays(pa.array(range(0, (rows + 1) * width, width) if width else [0] * (rows + 1), I32), flat)
+    return pa.array(values, dtype)
+
+
+def check(name: str, table: pa.Table, columns: list[str] | None = None) -> pa.Table:
+    """The table itself if the columns named (default all) have the schema's types; AssertionError otherwise."""
+    schema = SCHEMAS[name]
+    wanted = pa.schema([schema.field(c) for c in columns or schema.names])
+    assert table.schema.remove_metadata().equals(wanted), f"{name}: expected {wanted}, found {table.schema}"
+    return table
+
+
+def matrix(column: pa.ChunkedArray | pa.Array, width: int | None = None):
+    """List column whose rows have one length -> numpy [rows, width]."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(array), -1 if width is None else width) if len(array) else flat.reshape(0, width or 0)
