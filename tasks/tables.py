@@ -11,7 +11,7 @@ VERSION = 1
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 I32, I64, F32, F64, F16 = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.float16()
-STR, BOOL = pa.string(), pa.bool_()
+STR = pa.string()
 
 IMAGE = {"image": (I32, "number of the image in the probing dataset's stored order")}
 IMAGE_ID = {"image_id": (STR, "path below the dataset root, or tar + member, or Parquet file + row")}
@@ -42,8 +42,6 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "height": (I32, "pixels, upright"),
         "content": (STR, "SHA-256 of the file's bytes, hex"),
         "split": (STR, "explain, select or validate: a hash of the content, so duplicates never straddle"),
-        "stored": (BOOL, "whether pooled activations of this image are kept"),
-        "sampled": (BOOL, "whether its positions enter the position histograms (a hash-fixed sixteenth)"),
         "status": (STR, "ok, or the reason why the image is left out"),
     },
     "image_embeddings": IMAGE | EMBEDDING,
@@ -195,6 +193,8 @@ def make_table(name: str, columns: dict) -> pa.Table:
 
 
 def _array(values, dtype: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
     if pa.types.is_list(dtype) and getattr(values, "ndim", 1) == 2:
         rows, width = values.shape
         flat = pa.array(values.reshape(-1), dtype.value_type)

@@ -1,0 +1,44 @@
+"""Running the target model over batches of a shard, layer outputs handed out while they exist.
+
+In: settings of the target, its layers, an ImageList. Out: calls `on_layer(layer, output)` during every forward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.images import ImageList
+from tasks.layers import Layer, hooked
+from tasks.target import DTYPES, TargetSettings, load_target
+
+
+def worker_device(threads: int) -> torch.device:
+    """CUDA where this process may use it, else the CPU; sets the number of CPU threads, which numbers depend on."""
+    torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class HookedTarget:
+    """The target model on the worker's device, with its chosen layers."""
+
+    def __init__(self, settings: TargetSettings, layers: list[Layer], dtype: str, device: torch.device) -> None:
+        target = load_target(settings)
+        self.layers = {layer.name: layer for layer in layers}
+        self.preprocess, self.device, self.dtype = target.preprocess, device, DTYPES[dtype]
+        self.model = target.model.to(device, self.dtype)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        images: ImageList,
+        batches: list[np.ndarray],
+        on_layer: Callable[[Layer, Any], None],
+        after_batch: Callable[[np.ndarray], None],
+    ) -> None:
+        """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
+        with hooked(self.model, list(self.layers), lambda name, output: on_layer(self.layers[name], output)):
+            for numbers, pixels in zip(batches, images.batches(batches, self.preprocess), strict=True):
+                self.model(self.preprocess.normalise(pixels.to(self.device)).to(self.dtype))
+                after_batch(numbers)

@@ -1,0 +1,186 @@
+"""The images of a probing dataset: where their bytes lie, and the choices that are fixed by their content.
+
+In: the images table (or the listing). Out: an ImageList, the bytes of single images, batches of model input.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from tasks.pixels import BadImage, Preprocess, decode
+from tasks.store import Folder, fingerprint, hash64
+
+SPLITS = ("explain", "select", "validate")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
+
+
+class ImageReader:
+    """Bytes of images by row of the listing: a file, a range of a tar, or a row of a Parquet file."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self._parquet = lru_cache(maxsize=2)(self._row_group)
+
+    def read(self, uri: str, offset: int | None, length: int | None, row: int | None) -> bytes:
+        """Raises OSError where the file cannot be read."""
+        if row is not None:
+            return self._parquet_bytes(uri, row)
+        fs, path = fsspec.core.url_to_fs(uri, **self.options)
+        if offset is None or length is None:
+            return fs.cat_file(path)
+        return fs.cat_file(path, start=offset, end=offset + length)
+
+    def _parquet_bytes(self, uri: str, row: int) -> bytes:
+        starts = _group_starts(uri, tuple(sorted(self.options.items())))
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        value = self._parquet(uri, group)[row - starts[group]].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes")
+        return value or b""
+
+    def _row_group(self, uri: str, group: int) -> pa.ChunkedArray:
+        with fsspec.open(uri, "rb", **self.options) as file:
+            parquet = pq.ParquetFile(file)
+            return parquet.read_row_group(group, columns=[image_column(parquet.schema_arrow, uri)]).column(0)
+
+
+@lru_cache(maxsize=256)
+def _group_starts(uri: str, options: tuple) -> np.ndarray:
+    with fsspec.open(uri, "rb", **dict(options)) as file:
+        meta = pq.ParquetFile(file).metadata
+        rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(rows)[:-1]])
+
+
+def image_column(schema: pa.Schema, uri: str) -> str:
+    """Name of the column with image bytes (binary, or Hugging Face's struct with `bytes`). Raises ValueError without one."""
+    for name in sorted(schema.names, key=lambda n: (n not in IMAGE_COLUMNS, n)):
+        dtype = schema.field(name).type
+        if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
+            return name
+        if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
+            return name
+    raise ValueError(f"probing.uri: {uri} has no column of image bytes; its columns are {', '.join(schema.names)}")
+
+
+@dataclass
+class ImageList:
+    """All images of a probing dataset, in stored order; arrays are indexed by image number."""
+
+    table: pa.Table
+    shard_size: int
+    batch_size: int
+    pooled_max: int
+    options: dict[str, Any]
+    """fsspec options of the dataset's URIs."""
+
+    @classmethod
+    def load(cls, folder: Folder, shard_size: int, batch_size: int, pooled_max: int, options: dict) -> "ImageList":
+        table = folder.read_all("images")
+        assert np.array_equal(table["image"].to_numpy(), np.arange(len(table))), "images are not in stored order"
+        return cls(table, shard_size, batch_size, pooled_max, options)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def column(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        return self.column("image_id")
+
+    @cached_property
+    def ok(self) -> np.ndarray:
+        return self.column("status") == "ok"
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        """Split of each readable image, '' for the others."""
+        return np.where(self.ok, self.column("split"), "")
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """int64, rank of each image by the hash of its id: breaks ties without favouring the first of a folder."""
+        hashes = np.array([hash64(i) for i in self.ids], np.int64)
+        return np.argsort(np.lexsort((np.arange(len(self)), hashes)))
+
+    @cached_property
+    def _hash(self) -> np.ndarray:
+        return np.array([hash64("sample:" + c) for c in self.column("content")], np.int64)
+
+    @cached_property
+    def stored(self) -> np.ndarray:
+        """bool, whether pooled activations are kept: at most `pooled_max` images of each split, chosen by content."""
+        keep = np.zeros(len(self), bool)
+        for split in SPLITS:
+            members = np.flatnonzero(self.split == split)
+            keep[members[np.argsort(self._hash[members], kind="stable")[: self.pooled_max]]] = True
+        return keep
+
+    @cached_property
+    def sampled(self) -> np.ndarray:
+        """bool, a sixteenth of the images (at least one): their positions enter the position histograms."""
+        chosen = self.ok & (self._hash % 16 == 0)
+        if not chosen.any() and self.ok.any():
+            members = np.flatnonzero(self.ok)
+            chosen[members[np.argmin(self._hash[members])]] = True
+        return chosen
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self) // self.shard_size)
+
+    def shard(self, part: int) -> range:
+        return range(part * self.shard_size, min((part + 1) * self.shard_size, len(self)))
+
+    def digest(self) -> str:
+        """Identity of the data, the same wherever the files lie: what later stages are fingerprinted by."""
+        rows = [self.table[c].to_pylist() for c in ("image_id", "content", "split", "status")]
+        return fingerprint({"images": rows, "shard_size": self.shard_size, "batch_size": self.batch_size})
+
+    def open(self, image: int, reader: ImageReader) -> Image.Image:
+        """Decoded image. Raises BadImage (reason: unreadable) where its file has gone since the probing stage."""
+        row = {c: self.table[c][image].as_py() for c in ("uri", "offset", "length", "row")}
+        try:
+            return decode(reader.read(**row))
+        except OSError as error:
+            raise BadImage(f"unreadable: {self.ids[image]}: {error}") from None
+
+    def batches(self, images: list[np.ndarray], preprocess: Preprocess, threads: int = 2) -> Iterator[torch.Tensor]:
+        """uint8 [batch_size, H, W, 3] per group of image numbers, decoded ahead; missing and unreadable rows stay 0.
+
+        An image that was readable in the probing stage and no longer is raises BadImage: the data has changed.
+        """
+        reader = ImageReader(self.options)
+
+        def load(image: int) -> np.ndarray:
+            return preprocess.pixels(self.open(image, reader))
+
+        with ThreadPoolExecutor(threads) as pool:
+            futures = [None] * len(images)
+            for b in range(min(2, len(images))):
+                futures[b] = [pool.submit(load, int(i)) if self.ok[i] else None for i in images[b]]
+            for b in range(len(images)):
+                if b + 2 < len(images):
+                    futures[b + 2] = [pool.submit(load, int(i)) if self.ok[i] else None for i in images[b + 2]]
+                batch = np.zeros((self.batch_size, *preprocess.size, 3), np.uint8)
+                for slot, future in enumerate(futures[b]):
+                    if future is not None:
+                        batch[slot] = future.result()
+                futures[b] = None
+                yield torch.from_numpy(batch)
+
+    def shard_batches(self, part: int) -> list[np.ndarray]:
+        """Image numbers of the shard's batches, cut on the global number."""
+        images = np.array(self.shard(part))
+        return [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]

@@ -1,0 +1,128 @@
+"""Running statistics that merge: top-k under a total order, moments, histograms.
+
+In: activations of batches, tensors [batch, units]. Out: states whose merge over batches and shards does not depend on how
+the images were cut.
+"""
+
+import numpy as np
+import torch
+
+EMPTY = torch.iinfo(torch.int64).min
+"""Key of a free place."""
+
+LOW_EXPONENT, STEPS = -8, 64
+BINS = 2 * (STEPS + 2)
+EDGES = np.concatenate(
+    [
+        [-np.inf],
+        -(2.0 ** (LOW_EXPONENT + np.arange(STEPS, -1, -1) // 4) * (1 + np.arange(STEPS, -1, -1) % 4 / 4)),
+        [0.0],
+        2.0 ** (LOW_EXPONENT + np.arange(0, STEPS + 1) // 4) * (1 + np.arange(0, STEPS + 1) % 4 / 4),
+        [np.inf],
+    ]
+)
+"""Edges of the histograms: four steps per octave from 2^-8 to 2^8 on both sides of zero. They never depend on the data."""
+
+
+def order_keys(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Values float32 [..., U] and image ranks int64 [..., 1] -> int64 keys whose order is the total order.
+
+    Upper 32 bits: the float's bits, made monotone. Lower 32: the image's rank by the hash of its id, earlier is larger.
+    Keys of different images differ, so the k largest are one set whatever the algorithm.
+    """
+    bits = (values + 0.0).view(torch.int32)  # adding 0.0 makes -0.0 and 0.0 equal
+    monotone = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (monotone.long() << 32) | (0x7FFFFFFF - order)
+
+
+def key_values(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse of order_keys: float32 values and int64 image ranks."""
+    monotone = (keys >> 32).astype(np.int32)
+    bits = monotone ^ ((monotone >> 31) & 0x7FFFFFFF)
+    return bits.view(np.float32), 0x7FFFFFFF - (keys & 0xFFFFFFFF)
+
+
+class TopK:
+    """The k largest keys per unit with the position of each, over any number of batches."""
+
+    def __init__(self, num_units: int, k: int, device: torch.device) -> None:
+        self.k = k
+        self.keys = torch.full((num_units, k), EMPTY, dtype=torch.int64, device=device)
+        self.positions = torch.full((num_units, k), -1, dtype=torch.int32, device=device)
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def enters(self, keys_BU: torch.Tensor) -> torch.Tensor:
+        """bool [B, U]: whether a key beats the k-th best of the last merge."""
+        return keys_BU > self.keys[:, -1]
+
+    def add(self, keys_BU: torch.Tensor, positions_BU: torch.Tensor) -> None:
+        self.waiting.append((keys_BU.T, positions_BU.T))
+
+    def merge(self) -> None:
+        """Fold the waiting batches in; several at once, because a top-k costs the same for few and for many."""
+        if not self.waiting:
+            return
+        keys = torch.cat([self.keys, *(k for k, _ in self.waiting)], dim=1)
+        positions = torch.cat([self.positions, *(p for _, p in self.waiting)], dim=1)
+        self.keys, chosen = keys.topk(self.k, dim=1)
+        self.positions = positions.gather(1, chosen)
+        self.waiting = []
+
+
+class Moments:
+    """Count, mean, squared deviations, extremes and histogram per unit; float64 and int64."""
+
+    def __init__(self, num_units: int, device: torch.device) -> None:
+        def full(value: float) -> torch.Tensor:
+            return torch.full((num_units,), value, dtype=torch.float64, device=device)
+
+        self.count, self.nonfinite, self.mean, self.m2 = full(0), full(0), full(0), full(0)
+        self.minimum, self.maximum = full(np.inf), full(-np.inf)
+        self.histogram = torch.zeros(num_units, BINS, dtype=torch.int64, device=device)
+
+    def add(self, values_BU: torch.Tensor, finite_BU: torch.Tensor, valid_B: torch.Tensor) -> None:
+        """Fold in a group of images; rows outside `valid_B` are padding, entries outside `finite_BU` are counted apart."""
+        x = torch.where(finite_BU, values_BU, 0).double()
+        count = finite_BU.sum(0).double()
+        mean = x.sum(0) / count.clamp(min=1)
+        m2 = torch.where(finite_BU, x - mean, 0).square().sum(0)
+        merged = self.count + count
+        share = count / merged.clamp(min=1)
+        delta = mean - self.mean
+        self.m2 = self.m2 + m2 + delta.square() * self.count * share
+        self.mean = self.mean + delta * share
+        self.count = merged
+        self.nonfinite += (valid_B[:, None] & ~finite_BU).sum(0)
+        self.minimum = torch.minimum(self.minimum, torch.where(finite_BU, x, np.inf).amin(0))
+        self.maximum = torch.maximum(self.maximum, torch.where(finite_BU, x, -np.inf).amax(0))
+        count_bins(self.histogram, values_BU[:, :, None], finite_BU)
+
+
+def count_bins(histogram_UN: torch.Tensor, maps_BUP: torch.Tensor, keep_BU: torch.Tensor) -> None:
+    """Add the float32 values of the kept (image, unit) maps to the histograms over EDGES, in place."""
+    units = torch.arange(len(histogram_UN), device=histogram_UN.device) * BINS
+    bins = bin_of(maps_BUP).long() + units[None, :, None]
+    bins = torch.where(keep_BU[:, :, None] & maps_BUP.isfinite(), bins, histogram_UN.numel())
+    counts = torch.bincount(bins.reshape(-1), minlength=histogram_UN.numel() + 1)[:-1]
+    histogram_UN += counts.view_as(histogram_UN)
+
+
+def bin_of(values: torch.Tensor) -> torch.Tensor:
+    """Index of the bin of EDGES of each float32 value, from its exponent and first two bits of its mantissa."""
+    magnitude = (values.abs().view(torch.int32) >> 21) - ((127 + LOW_EXPONENT) << 2)
+    step = (magnitude + 1).clamp(0, STEPS + 1)
+    return torch.where(values < 0, STEPS + 1 - step, STEPS + 2 + step)
+
+
+def quantile(histogram_UN: np.ndarray, share: float) -> np.ndarray:
+    """Approximate quantile per unit [U], linear inside its bin; outer bins give their inner edge, empty rows 0."""
+    total = histogram_UN.sum(1)
+    wanted = share * total
+    cumulated = histogram_UN.cumsum(1)
+    index = (cumulated < wanted[:, None]).sum(1).clip(0, BINS - 1)
+    rows = np.arange(len(histogram_UN))
+    before = cumulated[rows, index] - histogram_UN[rows, index]
+    inside = (wanted - before) / histogram_UN[rows, index].clip(min=1)
+    low = np.maximum(EDGES[index], EDGES[1])
+    high = np.minimum(EDGES[index + 1], EDGES[-2])
+    return np.where(total > 0, low + inside.clip(0, 1) * (high - low), 0.0).astype(np.float32)

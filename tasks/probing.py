@@ -1,0 +1,251 @@
+"""Stage probing: which images there are, whether each can be read, and its split.
+
+In: URIs of image folders, WebDataset tars or Parquet files. Out: the listing (the fixed shard list) and the images table.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from tasks.images import SPLITS, ImageReader, image_column
+from tasks.pixels import BadImage, decode
+from tasks.store import Folder, PartReport
+from tasks.tables import make_table
+
+EXTENSIONS = {
+    "folder": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    "webdataset": (".tar",),
+    "parquet": (".parquet",),
+}
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+
+
+@dataclass
+class ProbingSettings:
+    uri: Any = None
+    """A folder, file or glob, local or any fsspec URI; or a list of them."""
+    format: str = "auto"
+    """folder, webdataset, parquet, or auto: told from the file names."""
+    labels: str | None = None
+    """File with the label of each image, for flat folders: lines 'file label', or JSON {file: label}."""
+    explain: float = 0.7
+    select: float = 0.1
+    validate: float = 0.2
+    shard_size: int = 1024
+    """Images per shard: the unit of work and of resume. A multiple of batch_size."""
+    batch_size: int = 32
+    """Images per model call; every call has exactly this shape."""
+    pooled_max: int = 10_000
+    """Images per split whose pooled activations are stored."""
+    max_skipped: float = 0.1
+    """Share of unusable images above which the run fails."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the fsspec file system of the URIs."""
+
+    def __post_init__(self) -> None:
+        if self.format not in ("auto", *EXTENSIONS):
+            raise ValueError(f"probing.format={self.format}: allowed are auto, {', '.join(EXTENSIONS)}")
+        shares = {split: getattr(self, split) for split in SPLITS}
+        if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6 or self.explain == 0:
+            found = ", ".join(f"probing.{s}={v}" for s, v in shares.items())
+            raise ValueError(f"{found}: shares must be at least 0, sum to 1, and explain must be above 0")
+        if self.batch_size < 1 or self.pooled_max < 0:
+            raise ValueError(f"probing.batch_size={self.batch_size}: must be at least 1")
+        if self.shard_size < 1 or self.shard_size % self.batch_size:
+            raise ValueError(
+                f"probing.shard_size={self.shard_size}: must be a multiple of probing.batch_size={self.batch_size}"
+            )
+
+    @property
+    def uris(self) -> list[str]:
+        return [self.uri] if isinstance(self.uri, str) else list(self.uri or [])
+
+
+def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
+    """All images in stored order as rows of the listing, and a hash that changes when a file does.
+
+    Raises ValueError naming probing.uri where a URI does not exist, holds no images, or mixes formats.
+    """
+    if not settings.uris:
+        raise ValueError("probing.uri is missing: give a folder of images, WebDataset tars or Parquet files (or a list)")
+    rows, stamps = [], []
+    for uri, name in zip(settings.uris, _short_names(settings.uris), strict=True):
+        fs, root, files = _files(uri, settings)
+        for info in files:
+            stamps.append([name, info["name"][len(root) :], info["size"], _stamp(info)])
+        for row in _rows(fs, root, files, settings):
+            row["image_id"] = f"{name}/{row['image_id']}" if name else row["image_id"]
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"probing.uri={settings.uri}: no images found; allowed endings: {_endings()}")
+    labels = _labels(settings)
+    for number, row in enumerate(rows):
+        row["image"] = number
+        row["label"] = labels.get(row["image_id"].rsplit("/", 1)[-1], row["label"])
+    return rows, hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSystem, str, list[dict]]:
+    """File system, dataset root and the files of the one format found there, sorted by name."""
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **settings.options)
+        path = path.rstrip("/")
+        if any(c in path for c in "*?["):
+            root, found = path[: re.search(r"[*?\[]", path).start()].rsplit("/", 1)[0], fs.glob(path, detail=True)
+        elif fs.isfile(path):
+            root, found = path.rsplit("/", 1)[0], {path: fs.info(path)}
+        else:
+            root, found = path, fs.find(path, detail=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"probing.uri={uri}: cannot be listed: {error}") from None
+    kinds = {kind: [i for n, i in found.items() if _ends(n, ends)] for kind, ends in EXTENSIONS.items()}
+    kinds = {kind: infos for kind, infos in kinds.items() if infos and settings.format in ("auto", kind)}
+    if not kinds:
+        kind = "" if settings.format == "auto" else f" of format {settings.format}"
+        there = "nothing there" if not found else f"none of its {len(found)} files has one of the endings {_endings()}"
+        raise ValueError(f"probing.uri={uri}: no images{kind}: {there}")
+    if len(kinds) > 1:
+        raise ValueError(f"probing.uri={uri} holds {' and '.join(kinds)}: choose one with probing.format=")
+    return fs, root, sorted(next(iter(kinds.values())), key=lambda info: info["name"])
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return name.lower().endswith(endings) and not name.rsplit("/", 1)[-1].startswith(".")
+
+
+def _endings() -> str:
+    return " ".join(e for ends in EXTENSIONS.values() for e in ends)
+
+
+def _stamp(info: dict) -> str:
+    return str(info.get("ETag") or info.get("mtime") or info.get("LastModified") or "")
+
+
+def _short_names(uris: list[str]) -> list[str]:
+    """Shortest distinct ending of each URI; '' for a single one."""
+    if len(uris) == 1:
+        return [""]
+    paths = [uri.rstrip("/").split("://")[-1].split("/") for uri in uris]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(p[-depth:]) for p in paths]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(uri for uri, n in Counter(uris).items() if n > 1)
+    raise ValueError(f"probing.uri lists {twice} twice")
+
+
+def _rows(fs: fsspec.AbstractFileSystem, root: str, files: list[dict], settings: ProbingSettings) -> list[dict]:
+    rows = []
+    for info in files:
+        path = info["name"]
+        place = {"uri": fs.unstrip_protocol(path), "offset": None, "length": None, "row": None, "label": None}
+        relative = path[len(root) :].lstrip("/")
+        if _ends(path, EXTENSIONS["webdataset"]):
+            rows += [place | member for member in _tar_members(fs, path, relative)]
+        elif _ends(path, EXTENSIONS["parquet"]):
+            rows += [place | {"image_id": f"{relative}/{r}", "row": r, "label": l} for r, l in _parquet_rows(fs, path)]
+        else:
+            folder = relative.split("/")[-2] if "/" in relative else None
+            rows.append(place | {"image_id": relative, "label": folder})
+    return rows
+
+
+def _tar_members(fs: fsspec.AbstractFileSystem, path: str, relative: str) -> list[dict]:
+    members, classes = [], {}
+    try:
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, _, ending = member.name.rpartition(".")
+                if ending == "cls":
+                    classes[key] = tar.extractfile(member).read(100).decode(errors="replace").strip()
+                if member.isfile() and _ends(member.name, EXTENSIONS["folder"]):
+                    place = {"offset": member.offset_data, "length": member.size}
+                    members.append(place | {"image_id": f"{relative}/{member.name}", "key": key})
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"probing.uri: {path} is not a readable uncompressed tar: {error}") from None
+    return [m | {"label": classes.get(m.pop("key"))} for m in members]
+
+
+def _parquet_rows(fs: fsspec.AbstractFileSystem, path: str) -> list[tuple[int, str | None]]:
+    try:
+        with fs.open(path, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            image_column(parquet.schema_arrow, path)
+            column = next((c for c in LABEL_COLUMNS if c in parquet.schema_arrow.names), None)
+            if column is None:
+                return [(row, None) for row in range(parquet.metadata.num_rows)]
+            labels = parquet.read(columns=[column])[column].to_pylist()
+            info = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    except OSError as error:
+        raise ValueError(f"probing.uri: {path} is not a readable Parquet file: {error}") from None
+    names = info.get("info", {}).get("features", {}).get(column, {}).get("names")
+    return [(row, None if l is None else str(names[l] if names else l)) for row, l in enumerate(labels)]
+
+
+def _labels(settings: ProbingSettings) -> dict[str, str]:
+    if settings.labels is None:
+        return {}
+    try:
+        with fsspec.open(settings.labels, "rt", **settings.options) as file:
+            text = file.read()
+        if settings.labels.endswith(".json"):
+            return {name: str(label) for name, label in json.loads(text).items()}
+        return dict(line.rsplit(None, 1) for line in text.splitlines() if line.strip())
+    except (OSError, ValueError, AttributeError) as error:
+        expected = "lines 'file label', or JSON {file: label}"
+        raise ValueError(f"probing.labels={settings.labels}: expected {expected}: {error}") from None
+
+
+def split_of(content: str, explain: float, select: float) -> str:
+    """Split of an image by the hash of its bytes: copies of one image fall into the same split."""
+    place = int(content[:13], 16) / 16**13
+    return SPLITS[0] if place < explain else SPLITS[1] if place < explain + select else SPLITS[2]
+
+
+@dataclass
+class ProbingJob:
+    out: Folder
+    listing: Folder
+    settings: ProbingSettings
+
+
+class ProbingWorker:
+    """Reads and decodes every image of a shard once."""
+
+    def __init__(self, job: ProbingJob) -> None:
+        self.job = job
+        self.reader = ImageReader(job.settings.options)
+
+    def run(self, part: int) -> PartReport:
+        report, size = PartReport(part), self.job.settings.shard_size
+        with report.phase("read"):
+            listing = self.job.listing.read("listing", 0).slice(part * size, size)
+        with report.phase("compute"):
+            found = [self._look(row) for row in listing.to_pylist()]
+        columns = {name: listing[name].to_pylist() for name in listing.column_names}
+        table = make_table("images", columns | {k: [row[k] for row in found] for k in found[0]})
+        with report.phase("write"):
+            self.job.out.write(part, {"images": table})
+        report.rows = {"images": len(found)}
+        report.skipped = dict(Counter(row["status"] for row in found if row["status"] != "ok"))
+        return report
+
+    def _look(self, row: dict) -> dict:
+        settings, width, height, status, data = self.job.settings, 0, 0, "ok", b""
+        try:
+            data = self.reader.read(row["uri"], row["offset"], row["length"], row["row"])
+            width, height = decode(data).size
+        except BadImage as reason:
+            status = str(reason)
+        except OSError:
+            status = "unreadable"
+        content = hashlib.sha256(data).hexdigest()
+        split = split_of(content, settings.explain, settings.select)
+        return {"width": width, "height": height, "content": content, "split": split, "status": status}

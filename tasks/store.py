@@ -1,0 +1,196 @@
+"""Parquet objects on local disk or object storage.
+
+In: tables and the folder of a stage. Out: one object per part, `<root>/<stage>/<fingerprint>/<table>/part-NNNNN.parquet`,
+encoded in memory and put once, so an object that is there is complete. The first-named table of a stage is put last:
+its part says that the shard is done.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks import tables
+
+
+@dataclass
+class StoreSettings:
+    root: str = "axonym-data"
+    """Folder or fsspec URI (s3://bucket/prefix) under which everything is written."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the fsspec file system. Keys and endpoints come from the environment, never from here."""
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise ValueError("store.root is empty: give a folder or a URI such as s3://bucket/prefix")
+        secret = [key for key in self.options if re.fullmatch(r"key|secret|token|.*password.*", key)]
+        if secret:
+            raise ValueError(f"store.options.{secret[0]}: secrets come from the environment (AWS_SECRET_ACCESS_KEY, ...)")
+
+
+class Store:
+    """Bytes under a root; `put` is atomic on every backend.
+
+    On local disk a name appears by rename; object storage shows an object only when its upload has completed.
+    """
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(settings.root, **settings.options)
+        self.root = self.root.rstrip("/")
+        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.path(name)
+        if not self.local:
+            self.fs.pipe_file(path, data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        hidden = f"{os.path.dirname(path)}/.{uuid.uuid4().hex}.tmp"
+        with open(hidden, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+
+    def get(self, name: str) -> bytes:
+        return self.fs.cat_file(self.path(name))
+
+    def get_json(self, name: str) -> dict | None:
+        """The JSON object of that name, None where there is none."""
+        try:
+            return json.loads(self.get(name))
+        except FileNotFoundError:
+            return None
+
+    def put_json(self, name: str, value: dict) -> None:
+        self.put(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def names(self, folder: str) -> list[str]:
+        """File names directly inside a folder, sorted; empty where there is no folder."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(n for n in (path.rstrip("/").rsplit("/", 1)[-1] for path in found) if n and not n.startswith("."))
+
+
+@dataclass
+class Folder:
+    """The tables that one stage with one fingerprint has written. Small, picklable; connects on first use."""
+
+    settings: StoreSettings
+    stage: str
+    fingerprint: str
+    tables: tuple[str, ...]
+    """What the stage writes; the first one is put last."""
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.settings)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "store"}
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}/{self.fingerprint}"
+
+    def done(self) -> set[int]:
+        """Numbers of the finished parts."""
+        names = self.store.names(f"{self.name}/{self.tables[0]}")
+        return {int(found[1]) for n in names if (found := re.fullmatch(r"part-(\d{5})\.parquet", n))}
+
+    def write(self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None) -> None:
+        """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table."""
+        assert set(written) == set(self.tables), f"{self.stage} writes {self.tables}, got {sorted(written)}"
+        for table in reversed(self.tables):
+            data = encode(tables.check(table, written[table]), (groups or {}).get(table))
+            self.store.put(part_name(self.name, table, part), data)
+
+    def read(
+        self,
+        table: str,
+        part: int,
+        *,
+        columns: list[str] | None = None,
+        group: int | None = None,
+        filters: list | None = None,
+    ) -> pa.Table:
+        """One part of a table; `group` reads one row group of it alone."""
+        path = self.store.path(part_name(self.name, table, part))
+        with self.store.fs.open(path, "rb") as file:
+            if filters is not None:
+                found = pq.read_table(file, columns=columns, filters=filters)
+            elif group is not None:
+                found = pq.ParquetFile(file).read_row_group(group, columns=columns)
+            else:
+                found = pq.read_table(file, columns=columns)
+        return tables.check(table, found, columns)
+
+    def read_all(self, table: str, **how) -> pa.Table:
+        """All parts of a table, in part order."""
+        return pa.concat_tables([self.read(table, part, **how) for part in sorted(self.done())])
+
+
+def part_name(folder: str, table: str, part: int) -> str:
+    return f"{folder}/{table}/part-{part:05d}.parquet"
+
+
+def encode(table: pa.Table, groups: list[int] | None = None) -> bytes:
+    """Parquet bytes; `groups` are the lengths of the row groups (default: one)."""
+    buffer = io.BytesIO()
+    groups = [table.num_rows] if groups is None else groups
+    assert sum(groups) == table.num_rows, "row groups do not cover the table"
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        start = 0
+        for rows in groups:
+            writer.write_table(table.slice(start, rows), row_group_size=max(rows, 1))
+            start += rows
+    return buffer.getvalue()
+
+
+def fingerprint(payload: dict) -> str:
+    """16 hex digits of the SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def hash64(text: str) -> int:
+    """63-bit hash of a text, the same on every machine; the source of every random-looking choice."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class PartReport:
+    """What a worker says after one part: small, so that nothing large travels between processes."""
+
+    part: int
+    rows: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterable[None]:
+        """Add the time spent inside to `seconds[name]`: read, compute or write."""
+        import time
+
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

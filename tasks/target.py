@@ -1,0 +1,202 @@
+"""Target models: any torch vision model by configuration alone.
+
+In: TargetSettings. Out: a Target (model in eval mode, its own preprocessing, the names of its outputs).
+Weights are read as safetensors or with weights_only=True; only a factory, which the user names as code, runs code.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from torch import nn
+
+from tasks.clip import ClipSettings, load_clip_model
+from tasks.pixels import INTERPOLATIONS, RESIZES, Preprocess
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class TargetSettings:
+    source: str = "torchvision"
+    """torchvision, timm, open_clip (image tower) or factory."""
+    name: str = "resnet50"
+    """Model name in its library; for a factory 'file.py:function' or 'package.module:function'."""
+    pretrained: Any = True
+    """Whether to take the library's weights; for open_clip the pretrained tag."""
+    checkpoint: str | None = None
+    """File with weights for the model: safetensors, or a torch file of tensors."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model's constructor."""
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the model's own preprocessing: size, resize_to, resize, interpolation, mean, std."""
+    prefix_tokens: int | None = None
+    """CLS and register tokens in front of the patch tokens, where the model does not say."""
+    class_names: str | None = None
+    """File with one name per output (text lines or a JSON list), where the model does not say."""
+    dtype: str = "auto"
+    """float32, float16, bfloat16, or auto: float32 on a CPU, on a GPU the smallest that keeps the float32 top 20."""
+
+    def __post_init__(self) -> None:
+        if self.source not in LOADERS:
+            raise ValueError(f"target.source={self.source}: allowed are {', '.join(LOADERS)}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"target.dtype={self.dtype}: allowed are auto, {', '.join(DTYPES)}")
+        if not self.name:
+            raise ValueError("target.name is missing: give the model's name")
+        allowed = [f.name for f in fields(Preprocess)]
+        for key in self.preprocess:
+            if key not in allowed:
+                raise ValueError(f"target.preprocess.{key}: unknown key; allowed are {', '.join(allowed)}")
+        for key, choices in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if self.preprocess.get(key, next(iter(choices))) not in choices:
+                raise ValueError(f"target.preprocess.{key}={self.preprocess[key]}: allowed are {', '.join(choices)}")
+
+
+@dataclass
+class Target:
+    model: nn.Module
+    preprocess: Preprocess
+    class_names: list[str] | None = None
+
+    def digest(self) -> str:
+        """Identity of architecture and weights."""
+        found = hashlib.sha256(str(self.model).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
+
+def load_target(settings: TargetSettings) -> Target:
+    """The model in eval mode on the CPU, float32. Raises ValueError naming the key for anything the user can mend."""
+    target = LOADERS[settings.source](settings)
+    if settings.checkpoint:
+        _load_weights(target.model, settings.checkpoint)
+    pairs = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in settings.preprocess.items()}
+    target.preprocess = replace(target.preprocess, **pairs)
+    if settings.class_names:
+        target.class_names = _read_names(settings.class_names)
+    target.model.eval().float().requires_grad_(False)
+    return target
+
+
+def unknown(key: str, value: str, allowed: list[str]) -> ValueError:
+    """One line: the value is unknown, and the allowed ones that look most like it."""
+    near = difflib.get_close_matches(value, allowed, n=8, cutoff=0.4) or allowed[:8]
+    return ValueError(f"{key}={value}: unknown; {len(allowed)} are allowed, among them {', '.join(near)}")
+
+
+def _download(key: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, RuntimeError) as error:  # hubs raise RuntimeError for a refused or broken download
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{key}={name}: cannot be loaded: {reason}; give the weights with target.checkpoint") from None
+
+
+def _torchvision(settings: TargetSettings) -> Target:
+    from torchvision import models
+
+    if settings.name not in models.list_models(module=models):
+        raise unknown("target.name", settings.name, models.list_models(module=models))
+    weights = models.get_model_weights(settings.name)["DEFAULT"]
+    chosen = weights if settings.pretrained and not settings.checkpoint else None
+    model = _download(
+        "target.name", settings.name, lambda: models.get_model(settings.name, weights=chosen, **settings.kwargs)
+    )
+    own = weights.transforms()
+    crop, to = own.crop_size[0], own.resize_size[0]
+    preprocess = Preprocess((crop, crop), (to, to), "cover", own.interpolation.value, tuple(own.mean), tuple(own.std))
+    names = list(weights.meta["categories"]) if settings.pretrained else None
+    return Target(model, preprocess, names)
+
+
+def _timm(settings: TargetSettings) -> Target:
+    import timm
+    from timm.data import ImageNetInfo, resolve_model_data_config
+
+    if not timm.is_model(settings.name.split(".")[0]):
+        raise unknown("target.name", settings.name, timm.list_models())
+    pretrained = bool(settings.pretrained) and not settings.checkpoint
+    model = _download(
+        "target.name", settings.name, lambda: timm.create_model(settings.name, pretrained, **settings.kwargs)
+    )
+    own = resolve_model_data_config(model)
+    if own["crop_mode"] == "border" and "resize" not in settings.preprocess:
+        raise ValueError("target.preprocess.resize is missing: the model pads its images; allowed are cover, squash, contain")
+    size = tuple(own["input_size"][1:])
+    to = tuple(int(np.floor(s / own["crop_pct"])) for s in size)
+    resize = "squash" if own["crop_mode"] == "squash" else "cover"
+    preprocess = Preprocess(size, to, resize, own["interpolation"], tuple(own["mean"]), tuple(own["std"]))
+    imagenet = ImageNetInfo() if getattr(model, "num_classes", 0) == 1000 and settings.pretrained else None
+    names = imagenet and [imagenet.index_to_description(i) for i in range(1000)]
+    return Target(model, preprocess, names)
+
+
+def _open_clip(settings: TargetSettings) -> Target:
+    tag = settings.pretrained if isinstance(settings.pretrained, str) else None
+    clip = load_clip_model(ClipSettings(name=settings.name, pretrained=tag), "target", bool(settings.pretrained) and not settings.checkpoint)
+    return Target(clip.model.visual, clip.preprocess)
+
+
+def _factory(settings: TargetSettings) -> Target:
+    place, _, function = settings.name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("axonym_factory_" + Path(place).stem, os.path.abspath(place))
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        model = getattr(module, function)(**settings.kwargs)
+    except (ImportError, OSError, AttributeError, TypeError, ValueError) as error:
+        expected = "expected file.py:function or package.module:function that returns a torch module"
+        raise ValueError(f"target.name={settings.name}: {expected}: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"target.name={settings.name}: the function returned {type(model).__name__}, not a torch module")
+    return Target(model, Preprocess())
+
+
+LOADERS = {"torchvision": _torchvision, "timm": _timm, "open_clip": _open_clip, "factory": _factory}
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    try:
+        with fsspec.open(path, "rb") as file:
+            if path.endswith(".safetensors"):
+                import safetensors.torch
+
+                state = safetensors.torch.load(file.read())
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        for wrapper in ("state_dict", "model", "model_state_dict"):
+            state = state.get(wrapper, state) if isinstance(state.get(wrapper), dict) else state
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+        model.load_state_dict(state)
+    except Exception as error:  # torch and safetensors raise many kinds for damaged or foreign files
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"target.checkpoint={path}: not weights of this model: {reason}") from None
+
+
+def _read_names(path: str) -> list[str]:
+    try:
+        with fsspec.open(path, "rt") as file:
+            text = file.read()
+        names = json.loads(text) if path.endswith(".json") else text.strip().splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target.class_names={path}: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"target.class_names={path}: expected text lines or a JSON list of texts")
+    return names

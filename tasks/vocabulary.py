@@ -1,0 +1,355 @@
+"""Stage vocabulary: the concepts that units are compared with.
+
+In: a word list, the class names of a model or data set, or a language model. Out: the concepts table, one row per
+distinct short phrase with its family and where it came from; and the answers table, what a language model said (empty
+for word lists).
+"""
+
+import hashlib
+import io
+import json
+import re
+import textwrap
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.llm import LEVELS, Answer, ask, build_prompts, llm_identity
+from tasks.store import Folder, PartReport, fingerprint
+from tasks.tables import make_table
+
+SOURCES = ("lexicon", "class_names", "vllm")
+LEXICON = Path(__file__).parent / "lexicon.txt"
+EXPECTED = (
+    "a text file with one concept per line, JSON [concept] or {class: [concept]}, or Parquet with a column concept"
+)
+MAX_LENGTH = 100
+"""Characters of the longest concept: CLIP's text tower reads 77 tokens."""
+MAX_RAW = 1000
+"""Characters of the longest phrase that is looked at at all."""
+BOUNDS = {
+    "max_words": (1, 20),
+    "max_concepts": (1, 1000),
+    "max_tokens": (1, 10**6),
+    "temperature": (0, 2),
+    "seed": (0, 2**31 - 1),
+    "max_skipped": (0, 1),
+}
+
+INVISIBLE = "Cf"
+"""Unicode category of soft hyphens, joiners and byte-order marks, which copied text is full of."""
+_ASCII = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2012\u2013\u2014_", "''\"\"---- ")
+_QUOTED = re.compile(r"""(["'`])((?:(?!\1).)*)\1""")
+_BULLET = re.compile(r"(?:(?:[-*+\u2022]|\d{1,3}[.):]|\(\d{1,3}\))\s+)+")
+_ARTICLE = re.compile(r"(?:an?|the|some) (?=\S)")
+_MARKUP = re.compile(r"[<>{}\[\]|\\*`]|://|&#?\w+;|^[~.]*/")
+_SENTENCE = re.compile(
+    r"[a-z]{3}[.!?:;] \w"  # not 'st. bernard'
+    r"|^(?:i|it|you|we|they|he|she|this|these|there|here|sure|certainly|sorry) \S+ \S"
+    r"|^\S+ (?:.* )?(?:is|are|was|were|has|have|may be|can be|could|should|would) \S"
+)
+
+
+@dataclass
+class VocabularySettings:
+    source: str = "lexicon"
+    """lexicon (a word list), class_names (of the target model or the probing data set) or vllm (a language model)."""
+    path: str | None = None
+    """Word list of source lexicon, local or any fsspec URI: text with one concept per line ('[family]' lines start a
+    family), JSON list, JSON {class: [descriptors]}, or Parquet with a column concept. None is the shipped lexicon."""
+    domain: str = "everyday photographs"
+    """What the images are, in the words of the prompts."""
+    levels: list[str] = field(default_factory=lambda: list(LEVELS))
+    """Families that the language model is asked for."""
+    per_class: bool = False
+    """Also ask the language model about each class, and take the class names themselves."""
+    max_words: int = 6
+    """Words of the longest concept that is taken from a language model."""
+    max_concepts: int = 60
+    """Concepts per prompt."""
+    model: str | None = None
+    """Language model: a folder or a Hugging Face name."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vllm.LLM: max_model_len, tensor_parallel_size, revision, dtype, ..."""
+    max_tokens: int = 1024
+    """Tokens per answer."""
+    temperature: float = 0.7
+    seed: int = 0
+    max_skipped: float = 0.1
+    """Share of malformed answers above which the run fails."""
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"vocabulary.source={self.source}: allowed are {', '.join(SOURCES)}")
+        if self.path is not None and (self.source != "lexicon" or not self.path.strip()):
+            raise ValueError(f"vocabulary.path={self.path}: allowed is a file, with vocabulary.source=lexicon only")
+        unknown = [level for level in self.levels if level not in LEVELS]
+        if unknown or len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"vocabulary.levels={list(self.levels)}: allowed are, once each, {', '.join(LEVELS)}")
+        for key, (low, high) in BOUNDS.items():
+            if not low <= getattr(self, key) <= high:
+                raise ValueError(f"vocabulary.{key}={getattr(self, key)}: allowed are {low} to {high}")
+        if self.source == "vllm":
+            self._check_llm()
+
+    def _check_llm(self) -> None:
+        if not self.model:
+            raise ValueError("vocabulary.model is missing: give a folder or a Hugging Face name")
+        if not self.domain.strip():
+            raise ValueError("vocabulary.domain is empty: say what the images are, such as 'everyday photographs'")
+        if not self.levels and not self.per_class:
+            raise ValueError("vocabulary.levels=[]: allowed only with vocabulary.per_class=true")
+        for key, instead in (("model", "vocabulary.model"), ("seed", "vocabulary.seed"), ("hf_token", "HF_TOKEN")):
+            if key in self.engine:
+                raise ValueError(f"vocabulary.engine.{key}: not allowed, use {instead}")
+
+    @property
+    def uses_class_names(self) -> bool:
+        return self.source == "class_names" or (self.source == "vllm" and self.per_class)
+
+
+class Raw(NamedTuple):
+    """A phrase as it was found."""
+
+    concept: str
+    family: str | None = None
+    sources: tuple[str, ...] = ()
+    prompt_id: str | None = None
+    """Set for the words of a language model, which are held to stricter rules."""
+    is_class: bool = False
+    """Class names are kept whatever they look like: evaluation needs the concept of each output."""
+
+
+def read_concepts(path: str | None) -> list[Raw]:
+    """Rows of a word list as they stand, empty and duplicate ones included; None is the shipped lexicon."""
+    path = str(LEXICON) if path is None else path
+    name = path.rstrip("/").rsplit("/", 1)[-1]
+    try:
+        data = _file_bytes(path)
+        if name.endswith(".parquet"):
+            return _parquet_rows(data, name)
+        text = data.decode("utf-8-sig")
+        return _json_rows(json.loads(text), name) if name.endswith(".json") else _text_rows(text, name)
+    except (OSError, ImportError, ValueError, RecursionError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"vocabulary.path={path}: {reason}; expected {EXPECTED}") from None
+
+
+def _file_bytes(path: str) -> bytes:
+    fs, inner = fsspec.core.url_to_fs(path)
+    return fs.cat_file(inner)
+
+
+def _text_rows(text: str, name: str) -> list[Raw]:
+    rows, family = [], None
+    for line in io.StringIO(text, newline=None):
+        if section := re.fullmatch(r"\[([a-z]+)\]", line.strip()):
+            family = section[1]
+        else:
+            rows.append(Raw(line, family, (name,)))
+    return rows
+
+
+def _json_rows(found: Any, name: str) -> list[Raw]:
+    groups = found.items() if isinstance(found, dict) else [(name, found)] if isinstance(found, list) else []
+    rows = [
+        (concept, source)
+        for source, concepts in groups
+        for concept in ([concepts] if isinstance(concepts, str) else concepts if isinstance(concepts, list) else [None])
+    ]
+    if (not groups and found != {}) or not all(isinstance(concept, str) for concept, _ in rows):
+        raise ValueError("a concept is not a string")
+    return [Raw(concept, None, (source,)) for concept, source in rows]
+
+
+def _parquet_rows(data: bytes, name: str) -> list[Raw]:
+    file = pq.ParquetFile(io.BytesIO(data))
+    if "concept" not in file.schema_arrow.names:
+        raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
+    table = file.read([c for c in ("concept", "family") if c in file.schema_arrow.names])
+    columns = {c: table[c].cast(pa.string()).to_pylist() for c in table.column_names}
+    families = columns.get("family", [None] * table.num_rows)
+    return [Raw(c or "", f, (name,)) for c, f in zip(columns["concept"], families, strict=True)]
+
+
+def class_rows(class_names: Iterable[str]) -> list[Raw]:
+    return [Raw(class_concept(name), None, (name,), is_class=True) for name in class_names]
+
+
+def class_concept(name: str) -> str:
+    """The concept of a class: the first synonym of 'tench, Tinca tinca', in a form that clean() keeps."""
+    plain = "".join(" " if _is_control(c) else c for c in name)
+    first = next((part for part in re.split(r",\s", plain) if re.search(r"[^\W_]", part)), "")
+    first = _tidy(first[:MAX_RAW])
+    return _tidy(textwrap.shorten(first, MAX_LENGTH, placeholder="") or first[:MAX_LENGTH])
+
+
+def clean(raw: Iterable[Raw], max_words: int) -> tuple[list[dict], Counter]:
+    """Rows of the concepts table (without llm, parent and round) in first-seen order, and what was left out by reason.
+
+    max_words holds for the words of a language model alone: who writes a list knows what is in it.
+    """
+    rows: dict[str, dict] = {}
+    skipped: Counter = Counter()
+    for found in raw:
+        concept = _tidy(found.concept) if len(found.concept) <= MAX_RAW else found.concept
+        if reason := _refusal(concept, found, max_words):
+            skipped[reason] += 1
+            continue
+        skipped["duplicate"] += concept in rows
+        row = rows.setdefault(concept, {"family": None, "sources": [], "prompt_id": None})
+        row["family"] = row["family"] or _tidy(found.family or "") or None
+        row["prompt_id"] = row["prompt_id"] or found.prompt_id
+        row["sources"] += [_text(source) for source in found.sources]
+    return [
+        {
+            "concept_id": fingerprint({"concept": concept}),
+            "concept": concept,
+            "family": row["family"] or family_of(concept),
+            "sources": list(dict.fromkeys(row["sources"])),
+            "prompt_id": row["prompt_id"],
+        }
+        for concept, row in rows.items()
+    ], +skipped
+
+
+def _tidy(text: str) -> str:
+    """Lower case, plain quotes and spaces, no bullet, article, quotation marks or closing punctuation."""
+    before = None
+    while before != text:  # a bullet hides an article, which hides a quotation mark
+        before = text
+        text = unicodedata.normalize("NFKC", text).translate(_ASCII).lower()
+        text = " ".join("".join(c for c in text if unicodedata.category(c) != INVISIBLE).split())
+        for prefix in (_BULLET, _ARTICLE):
+            text = text[found.end() :] if (found := prefix.match(text)) else text
+        text = found[2] if (found := _QUOTED.fullmatch(text)) else text
+        text = text.lstrip(" ,;:").rstrip(" .,;:!?")
+    return text
+
+
+def _refusal(concept: str, found: Raw, max_words: int) -> str | None:
+    """Why a tidy phrase is no concept; None where it is one."""
+    if not any(c.isalnum() for c in concept):
+        return "empty"
+    if len(concept) > MAX_LENGTH:
+        return "too long"
+    if any(map(_is_control, concept)):
+        return "control characters"
+    if found.is_class:
+        return None
+    if _MARKUP.search(concept):
+        return "markup or path"
+    if _SENTENCE.search(concept):
+        return "sentence"
+    return "too many words" if found.prompt_id is not None and len(concept.split()) > max_words else None
+
+
+def _is_control(c: str) -> bool:
+    return unicodedata.category(c).startswith("C") and unicodedata.category(c) != INVISIBLE
+
+
+def _text(text: str) -> str:
+    """The text without lone surrogates, which Parquet cannot hold."""
+    return text.encode(errors="replace").decode()
+
+
+@cache
+def _families() -> dict[str, str]:
+    rows = read_concepts(None)[::-1]  # the first of two sections wins
+    return {_tidy(row.concept): row.family for row in rows if row.family}
+
+
+def family_of(concept: str) -> str:
+    """Family by the shipped lexicon: of the phrase, else of its last word, which an English phrase is a kind of."""
+    families = _families()
+    return families.get(concept) or families.get(concept.split()[-1]) or "other"
+
+
+def identity(settings: VocabularySettings, class_names: Iterable[str] = ()) -> dict:
+    """What the stage's fingerprint must contain beyond the settings: contents of files, prompts, model and names."""
+    found: dict[str, Any] = {"lexicon": hashlib.sha256(LEXICON.read_bytes()).hexdigest()}
+    names = list(class_names)
+    if settings.path is not None:
+        read_concepts(settings.path)  # a file that cannot be read is told before anything starts
+        found["file"] = hashlib.sha256(_file_bytes(settings.path)).hexdigest()
+    if settings.uses_class_names:
+        found["class_names"] = fingerprint({"names": names})
+    if settings.source == "vllm":
+        found["prompts"] = fingerprint({"ids": [prompt.prompt_id for prompt in build_prompts(settings, names)]})
+        found |= llm_identity(str(settings.model))
+    return found
+
+
+@dataclass
+class VocabularyJob:
+    out: Folder
+    """Of the tables concepts, answers."""
+    settings: VocabularySettings
+    class_names: list[str] = field(default_factory=list)
+    """In the order of the model's outputs, or the labels of the probing data set."""
+
+
+class VocabularyWorker:
+    """Makes the whole vocabulary: part 0 is the only one."""
+
+    def __init__(self, job: VocabularyJob) -> None:
+        self.job = job
+
+    def run(self, part: int) -> PartReport:
+        report, settings, names = PartReport(part), self.job.settings, self.job.class_names
+        with report.phase("read"):
+            raw = read_concepts(settings.path) if settings.source == "lexicon" else []
+            raw += class_rows(names) if settings.uses_class_names else []
+        with report.phase("compute"):
+            answers = ask(settings, names) if settings.source == "vllm" else []
+            rows, skipped = clean([*raw, *_answer_rows(answers)], settings.max_words)
+        _check(rows, answers, skipped, settings)
+        tables = {"concepts": _concepts_table(rows, settings), "answers": _answers_table(answers)}
+        with report.phase("write"):
+            self.job.out.write(part, tables)
+        report.rows = {name: table.num_rows for name, table in tables.items()}
+        report.skipped = dict(skipped + Counter(f"{a.status} answer" for a in answers if a.status != "ok"))
+        return report
+
+
+def _answer_rows(answers: list[Answer]) -> list[Raw]:
+    return [Raw(c, a.prompt.family, a.prompt.sources, a.prompt.prompt_id) for a in answers for c in a.concepts]
+
+
+def _check(rows: list[dict], answers: list[Answer], skipped: Counter, settings: VocabularySettings) -> None:
+    source = f"vocabulary.source={settings.source}" + (f" vocabulary.path={settings.path}" if settings.path else "")
+    bad = [answer for answer in answers if answer.status == "malformed"]
+    if len(bad) > settings.max_skipped * len(answers):
+        share = f"{len(bad)} of {len(answers)} answers are malformed"
+        example = f"the first begins {bad[0].text[:80]!r}"
+        raise ValueError(f"{source}: {share}, above vocabulary.max_skipped={settings.max_skipped}; {example}")
+    if len(rows) < 2:
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in skipped.items()) or "nothing"
+        raise ValueError(f"{source}: {len(rows)} concepts found, at least 2 are needed (left out: {reasons})")
+
+
+def _concepts_table(rows: list[dict], settings: VocabularySettings) -> pa.Table:
+    model = str(settings.model)
+    model = Path(model).name if Path(model).is_dir() else model  # where it lies is no business of the table
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns["llm"] = [None if row["prompt_id"] is None else model for row in rows]
+    return make_table("concepts", columns | {"parent": [None] * len(rows), "round": [0] * len(rows)})
+
+
+def _answers_table(answers: list[Answer]) -> pa.Table:
+    columns = {
+        "prompt_id": [answer.prompt.prompt_id for answer in answers],
+        "prompt": [_text(answer.prompt.text) for answer in answers],
+        "answer": [_text(answer.text) for answer in answers],
+        "tokens": [answer.tokens for answer in answers],
+        "status": [answer.status for answer in answers],
+    }
+    return make_table("answers", columns)
