@@ -27,18 +27,13 @@ class CropSettings:
             raise ValueError(f"patches.crops.context={self.context}: must be at least 0")
 
 
-def crop_grid(width: int, height: int, sizes: list[float]) -> np.ndarray:
-    """int [n <= MAX_CROPS, 4] boxes x0, y0, x1, y1 in pixels; row 0 is the whole image.
+def crop_grid(width: int, height: int, sizes: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """int [n <= MAX_CROPS, 4] boxes x0, y0, x1, y1 in pixels, and int [n] their level; row 0 is the whole image.
 
-    Squares of each size lie evenly, at least half overlapping, over the whole image; where that gives more than MAX_CROPS
-    in all, the smallest ones overlap less.
+    The level is 0 for the whole image, else 1 + the index of the size. Squares of each size lie evenly, at least half
+    overlapping, over the whole image; where that gives more than MAX_CROPS in all, the most numerous overlap less.
     """
-    return _grid(width, height, tuple(sizes))[0]
-
-
-def crop_levels(width: int, height: int, sizes: list[float]) -> np.ndarray:
-    """int [n], for each row of crop_grid 0 for the whole image, else 1 + the index of its size."""
-    return _grid(width, height, tuple(sizes))[1]
+    return _grid(width, height, tuple(sizes))
 
 
 @lru_cache(maxsize=65536)
@@ -82,7 +77,7 @@ def snap(boxes_N4: np.ndarray, images_N: np.ndarray, sizes_N2: np.ndarray, sizes
     of_shape = of_shape.reshape(-1)
     for index, (width, height) in enumerate(shapes):
         rows = np.flatnonzero(of_shape == index)
-        grid = crop_grid(int(width), int(height), sizes)
+        grid, _ = crop_grid(int(width), int(height), sizes)
         ids[rows] = images_N[rows].astype(np.int64) * MAX_CROPS + iou(boxes_N4[rows], grid).argmax(1)
     return ids
 

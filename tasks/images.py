@@ -3,8 +3,9 @@
 In: the images table (or the listing). Out: an ImageList, the bytes of single images, batches of model input.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -29,36 +30,44 @@ class ImageReader:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self._parquet = lru_cache(maxsize=2)(self._row_group)
+        self._starts = lru_cache(maxsize=256)(self._group_starts)
 
     def read(self, uri: str, offset: int | None, length: int | None, row: int | None) -> bytes:
         """Raises OSError where the file cannot be read."""
         if row is not None:
             return self._parquet_bytes(uri, row)
-        fs, path = fsspec.core.url_to_fs(uri, **self.options)
+        fs, path = self._place(uri)
         if offset is None or length is None:
             return fs.cat_file(path)
         return fs.cat_file(path, start=offset, end=offset + length)
 
+    def _place(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        fs, _ = fsspec.core.url_to_fs(uri.partition("::")[0], **self.options)  # '::' in a file name is no chain of URIs
+        return fs, fs._strip_protocol(uri)
+
     def _parquet_bytes(self, uri: str, row: int) -> bytes:
-        starts = _group_starts(uri, tuple(sorted(self.options.items())))
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        value = self._parquet(uri, group)[row - starts[group]].as_py()
+        try:
+            starts = self._starts(uri)
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            value = self._parquet(uri, group)[row - starts[group]].as_py()
+        except (pa.ArrowException, ValueError, IndexError) as error:
+            raise OSError(f"{uri}: row {row}: {error}") from None
         if isinstance(value, dict):
             value = value.get("bytes")
         return value or b""
 
     def _row_group(self, uri: str, group: int) -> pa.ChunkedArray:
-        with fsspec.open(uri, "rb", **self.options) as file:
+        fs, path = self._place(uri)
+        with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
             return parquet.read_row_group(group, columns=[image_column(parquet.schema_arrow, uri)]).column(0)
 
-
-@lru_cache(maxsize=256)
-def _group_starts(uri: str, options: tuple) -> np.ndarray:
-    with fsspec.open(uri, "rb", **dict(options)) as file:
-        meta = pq.ParquetFile(file).metadata
-        rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-    return np.concatenate([[0], np.cumsum(rows)[:-1]])
+    def _group_starts(self, uri: str) -> np.ndarray:
+        fs, path = self._place(uri)
+        with fs.open(path, "rb") as file:
+            meta = pq.ParquetFile(file).metadata
+            rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+        return np.concatenate([[0], np.cumsum(rows)[:-1]])
 
 
 def image_column(schema: pa.Schema, uri: str) -> str:
@@ -156,31 +165,33 @@ class ImageList:
         except OSError as error:
             raise BadImage(f"unreadable: {self.ids[image]}: {error}") from None
 
-    def batches(self, images: list[np.ndarray], preprocess: Preprocess, threads: int = 2) -> Iterator[torch.Tensor]:
+    def batches(self, groups: list[np.ndarray], preprocess: Preprocess) -> Iterator[torch.Tensor]:
         """uint8 [batch_size, H, W, 3] per group of image numbers, decoded ahead; missing and unreadable rows stay 0.
 
         An image that was readable in the probing stage and no longer is raises BadImage: the data has changed.
         """
         reader = ImageReader(self.options)
-
-        def load(image: int) -> np.ndarray:
-            return preprocess.pixels(self.open(image, reader))
-
-        with ThreadPoolExecutor(threads) as pool:
-            futures = [None] * len(images)
-            for b in range(min(2, len(images))):
-                futures[b] = [pool.submit(load, int(i)) if self.ok[i] else None for i in images[b]]
-            for b in range(len(images)):
-                if b + 2 < len(images):
-                    futures[b + 2] = [pool.submit(load, int(i)) if self.ok[i] else None for i in images[b + 2]]
-                batch = np.zeros((self.batch_size, *preprocess.size, 3), np.uint8)
-                for slot, future in enumerate(futures[b]):
-                    if future is not None:
-                        batch[slot] = future.result()
-                futures[b] = None
-                yield torch.from_numpy(batch)
+        numbers = [int(i) for group in groups for i in group if self.ok[i]]
+        pixels = prefetch(lambda i: preprocess.pixels(self.open(i, reader)), numbers, 2 * self.batch_size)
+        for group in groups:
+            batch = np.zeros((self.batch_size, *preprocess.size, 3), np.uint8)
+            for slot in np.flatnonzero(self.ok[group]):
+                batch[slot] = next(pixels)
+            yield torch.from_numpy(batch)
 
     def shard_batches(self, part: int) -> list[np.ndarray]:
         """Image numbers of the shard's batches, cut on the global number."""
         images = np.array(self.shard(part))
         return [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
+
+
+def prefetch(load: Callable[[int], Any], numbers: list[int], ahead: int, threads: int = 2) -> Iterator[Any]:
+    """load(number) for every number, in order, computed in threads up to `ahead` results before they are asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future] = deque()
+        for number in numbers:
+            waiting.append(pool.submit(load, number))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

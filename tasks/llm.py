@@ -16,7 +16,10 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from tasks.store import fingerprint, hash64
+from tasks.tables import make_table
 
 if TYPE_CHECKING:
     from tasks.vocabulary import VocabularySettings
@@ -69,11 +72,42 @@ class Answer:
     """ok, truncated or malformed."""
 
 
+def check_llm(settings: "VocabularySettings") -> None:
+    """ValueError where the settings cannot drive a language model."""
+    if not settings.model:
+        raise ValueError("vocabulary.model is missing: give a folder or a Hugging Face name")
+    if not settings.domain.strip():
+        raise ValueError("vocabulary.domain is empty: say what the images are, such as 'everyday photographs'")
+    if not settings.levels and not settings.per_class:
+        raise ValueError("vocabulary.levels=[]: allowed only with vocabulary.per_class=true")
+    for key, instead in (("model", "vocabulary.model"), ("seed", "vocabulary.seed"), ("hf_token", "HF_TOKEN")):
+        if key in settings.engine:
+            raise ValueError(f"vocabulary.engine.{key}: not allowed, use {instead}")
+
+
 def ask(settings: "VocabularySettings", class_names: Iterable[str]) -> list[Answer]:
-    """Every prompt with its answer, parsed."""
+    """Every prompt with its answer, parsed. ValueError where too many answers are malformed."""
     prompts = build_prompts(settings, class_names)
-    answers = generate(settings, prompts)
-    return [Answer(p, text, n, *parse_answer(text)) for p, (text, n) in zip(prompts, answers, strict=True)]
+    said = generate(settings, prompts)
+    answers = [Answer(p, text, n, *parse_answer(text)) for p, (text, n) in zip(prompts, said, strict=True)]
+    bad = [answer.text for answer in answers if answer.status == "malformed"]
+    if len(bad) > settings.max_skipped * len(answers):
+        share = (
+            f"{len(bad)} of {len(answers)} answers are malformed, above vocabulary.max_skipped={settings.max_skipped}"
+        )
+        raise ValueError(f"vocabulary.model={settings.model}: {share}; the first begins {bad[0][:80]!r}")
+    return answers
+
+
+def answers_table(answers: list[Answer]) -> pa.Table:
+    columns = {
+        "prompt_id": [answer.prompt.prompt_id for answer in answers],
+        "prompt": [answer.prompt.text for answer in answers],
+        "answer": [answer.text for answer in answers],
+        "tokens": [answer.tokens for answer in answers],
+        "status": [answer.status for answer in answers],
+    }
+    return make_table("answers", columns)
 
 
 def build_prompts(settings: "VocabularySettings", class_names: Iterable[str]) -> list[Prompt]:
@@ -92,6 +126,7 @@ def build_prompts(settings: "VocabularySettings", class_names: Iterable[str]) ->
 
 def _fill(template: str, values: dict) -> tuple[str, str]:
     text = Template((PROMPTS / f"{template}.txt").read_text()).substitute(values)
+    text = text.encode(errors="replace").decode()  # no lone surrogates: neither tokenizers nor Parquet take them
     return f"{template}-{fingerprint({'text': text})}", text
 
 
@@ -157,7 +192,7 @@ def _ask(llm: Any, settings: "VocabularySettings", prompts: list[Prompt]) -> lis
 
 
 def parse_answer(text: str) -> tuple[list[str], str]:
-    """Phrases of an answer and its status: ok, truncated (the complete phrases of a cut answer), or malformed (none)."""
+    """Phrases of an answer and its status: ok, truncated (those that are complete) or malformed (none)."""
     try:
         found, status = json.loads(text), "ok"
     except (ValueError, RecursionError):

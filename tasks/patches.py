@@ -32,11 +32,15 @@ EXEMPLAR_COLUMNS = ["layer", "unit", "tail", "rank", "image", "activation", "pos
 class PatchesSettings:
     k: int = 20
     """Exemplars per unit and tail that become patches; at most activations.k."""
+    tails: list[str] = field(default_factory=lambda: ["top"])
+    """top, bottom or both."""
     crops: CropSettings = field(default_factory=CropSettings)
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"patches.k={self.k}: must be at least 1")
+        if not self.tails or not set(self.tails) <= {"top", "bottom"}:
+            raise ValueError(f"patches.tails={self.tails}: allowed are top, bottom")
 
 
 @dataclass
@@ -76,6 +80,7 @@ class PatchesWorker:
         """Exemplars that lie in this shard, sorted by layer (forward order), unit, tail and rank."""
         shard, exemplars = self.images.shard(part), self.job.exemplars
         within = [("image", ">=", shard.start), ("image", "<", shard.stop), ("rank", "<", self.job.settings.k)]
+        within.append(("tail", "in", self.job.settings.tails))
         layers = {layer.name: number for number, layer in enumerate(self.job.layers)}
         unit_stats = exemplars.read_all("unit_stats", columns=["layer", "unit", "position_quantile"])
         found = exemplars.read_all("exemplars", columns=EXEMPLAR_COLUMNS, filters=within)
@@ -136,8 +141,9 @@ class PatchesWorker:
         numbers, places = np.divmod(crop_ids, MAX_CROPS)
         width, height = self.images.column("width"), self.images.column("height")
         grids = [crop_grid(int(width[i]), int(height[i]), self.job.settings.crops.sizes) for i in numbers]
-        boxes = np.array([grid[p] for grid, p in zip(grids, places, strict=True)]).reshape(-1, 4)
-        return make_table("crops", {"crop_id": crop_ids, "image": numbers} | _box_columns(boxes))
+        boxes, levels = zip(*[(boxes[p], levels[p]) for (boxes, levels), p in zip(grids, places, strict=True)], strict=True)
+        columns = {"crop_id": crop_ids, "image": numbers, "level": np.array(levels)}
+        return make_table("crops", columns | _box_columns(np.array(boxes)))
 
     def _groups(self, patches: pa.Table) -> list[int]:
         """Rows of each unit block; the table is sorted by layer and unit."""

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-MAX_PIXELS = 200_000_000
-"""Larger images are left out (reason: too_large): a small file may otherwise unpack to any amount of memory."""
+# Not around each call: warnings.catch_warnings is not safe in threads, and images are decoded in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+MAX_PIXELS = 178_956_970
+"""Larger images are left out (reason: too_large): a small file may otherwise unpack to any amount of memory. Pillow's limit."""
 MAX_ASPECT = 32
 """Longer strips are left out (reason: too_narrow): resizing their short side to a model's input would blow up the other."""
 
@@ -23,6 +26,16 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
 }
 RESIZES = ("cover", "squash", "contain")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
 
 
 class BadImage(Exception):
@@ -37,16 +50,15 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage("too_large")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise BadImage("too_narrow")
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage("too_large")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadImage("too_narrow")
+        image.load()
+        turn = TURNS.get(_orientation(image))
+        return _rgb(image if turn is None else image.transpose(turn))
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -55,6 +67,14 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage("too_large") from None
     except Exception:  # decoders raise anything from OSError to struct.error on damaged files
         raise BadImage("truncated") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; 1 (upright) where there is none or the EXIF data is damaged, which says nothing of the pixels."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as above: struct.error, SyntaxError, ...
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -84,20 +104,21 @@ class Preprocess:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize, rounded as torchvision rounds."""
+        """Width and height after the resize, rounded as torchvision (square cover) or timm and open_clip (others) round."""
         to_height, to_width = self.resize_to
         if self.resize == "squash":
             return to_width, to_height
-        by_width = to_width / width > to_height / height
-        if self.resize == "contain":
-            by_width = not by_width
-        if by_width:
-            return to_width, max(1, int(to_width * height / width))
-        return max(1, int(to_height * width / height)), to_height
+        if self.resize == "cover" and to_width == to_height:
+            if width < height:
+                return to_width, int(to_width * height / width)
+            return int(to_height * width / height), to_height
+        ratio = (max if self.resize == "contain" else min)(height / to_height, width / to_width)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def _offset(self, width: int, height: int) -> tuple[int, int]:
-        """Left and upper edge of the centre crop inside the resized image; negative where it is padded."""
-        return round((width - self.size[1]) / 2), round((height - self.size[0]) / 2)
+        """Left and upper edge of the centre crop inside the resized image; negative where it is padded. Rounded as torchvision does."""
+        left, top = width - self.size[1], height - self.size[0]
+        return round(left / 2) if left > 0 else -(-left // 2), round(top / 2) if top > 0 else -(-top // 2)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 [height, width, 3] of the model's input size."""

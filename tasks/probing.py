@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.images import SPLITS, ImageReader, image_column
 from tasks.pixels import BadImage, decode
-from tasks.store import Folder, PartReport
+from tasks.store import Folder, PartReport, refuse_secrets
 from tasks.tables import make_table
 
 EXTENSIONS = {
@@ -47,7 +48,7 @@ class ProbingSettings:
     max_skipped: float = 0.1
     """Share of unusable images above which the run fails."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the fsspec file system of the URIs."""
+    """Arguments of the fsspec file system of the URIs. Keys come from the environment, never from here."""
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *EXTENSIONS):
@@ -56,12 +57,15 @@ class ProbingSettings:
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6 or self.explain == 0:
             found = ", ".join(f"probing.{s}={v}" for s, v in shares.items())
             raise ValueError(f"{found}: shares must be at least 0, sum to 1, and explain must be above 0")
-        if self.batch_size < 1 or self.pooled_max < 0:
+        if self.batch_size < 1:
             raise ValueError(f"probing.batch_size={self.batch_size}: must be at least 1")
+        if self.pooled_max < 0:
+            raise ValueError(f"probing.pooled_max={self.pooled_max}: must be at least 0")
         if self.shard_size < 1 or self.shard_size % self.batch_size:
             raise ValueError(
                 f"probing.shard_size={self.shard_size}: must be a multiple of probing.batch_size={self.batch_size}"
             )
+        refuse_secrets("probing.options", self.options)
 
     @property
     def uris(self) -> list[str]:
@@ -85,6 +89,9 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
             rows.append(row)
     if not rows:
         raise ValueError(f"probing.uri={settings.uri}: no images found; allowed endings: {_endings()}")
+    twice = [image_id for image_id, n in Counter(row["image_id"] for row in rows).items() if n > 1]
+    if twice:
+        raise ValueError(f"probing.uri={settings.uri}: {twice[0]} is there twice")
     labels = _labels(settings)
     for number, row in enumerate(rows):
         row["image"] = number
@@ -94,18 +101,21 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
 
 def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSystem, str, list[dict]]:
     """File system, dataset root and the files of the one format found there, sorted by name."""
+    if "::" in uri:
+        raise ValueError(f"probing.uri={uri}: chained URIs (::) are not supported")
     try:
         fs, path = fsspec.core.url_to_fs(uri, **settings.options)
+        fs.invalidate_cache()
         path = path.rstrip("/")
-        if any(c in path for c in "*?["):
+        if any(c in path for c in "*?[") and not fs.exists(path):
             root, found = path[: re.search(r"[*?\[]", path).start()].rsplit("/", 1)[0], fs.glob(path, detail=True)
         elif fs.isfile(path):
             root, found = path.rsplit("/", 1)[0], {path: fs.info(path)}
         else:
             root, found = path, fs.find(path, detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"probing.uri={uri}: cannot be listed: {error}") from None
-    kinds = {kind: [i for n, i in found.items() if _ends(n, ends)] for kind, ends in EXTENSIONS.items()}
+    except Exception as error:  # every file system has errors of its own, such as missing credentials
+        raise ValueError(f"probing.uri={uri}: cannot be listed: {' '.join(str(error).split())}") from None
+    kinds = {kind: [i for n, i in found.items() if _ends(n[len(root) :], ends)] for kind, ends in EXTENSIONS.items()}
     kinds = {kind: infos for kind, infos in kinds.items() if infos and settings.format in ("auto", kind)}
     if not kinds:
         kind = "" if settings.format == "auto" else f" of format {settings.format}"
@@ -117,7 +127,8 @@ def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSyst
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return name.lower().endswith(endings) and not name.rsplit("/", 1)[-1].startswith(".")
+    """Whether a name below the dataset's root has one of the endings and is not hidden, nor in a hidden folder."""
+    return name.lower().endswith(endings) and not re.search(r"(^|/)\.[^./]", name)
 
 
 def _endings() -> str:
@@ -125,7 +136,8 @@ def _endings() -> str:
 
 
 def _stamp(info: dict) -> str:
-    return str(info.get("ETag") or info.get("mtime") or info.get("LastModified") or "")
+    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+    return str(next((info[name] for name in names if info.get(name)), ""))
 
 
 def _short_names(uris: list[str]) -> list[str]:
@@ -137,7 +149,7 @@ def _short_names(uris: list[str]) -> list[str]:
         names = ["/".join(p[-depth:]) for p in paths]
         if len(set(names)) == len(names):
             return names
-    twice = next(uri for uri, n in Counter(uris).items() if n > 1)
+    twice = next(name for name, n in Counter(names).items() if n > 1)
     raise ValueError(f"probing.uri lists {twice} twice")
 
 
@@ -147,9 +159,9 @@ def _rows(fs: fsspec.AbstractFileSystem, root: str, files: list[dict], settings:
         path = info["name"]
         place = {"uri": fs.unstrip_protocol(path), "offset": None, "length": None, "row": None, "label": None}
         relative = path[len(root) :].lstrip("/")
-        if _ends(path, EXTENSIONS["webdataset"]):
+        if _ends(relative, EXTENSIONS["webdataset"]):
             rows += [place | member for member in _tar_members(fs, path, relative)]
-        elif _ends(path, EXTENSIONS["parquet"]):
+        elif _ends(relative, EXTENSIONS["parquet"]):
             rows += [place | {"image_id": f"{relative}/{r}", "row": r, "label": l} for r, l in _parquet_rows(fs, path)]
         else:
             folder = relative.split("/")[-2] if "/" in relative else None
@@ -163,11 +175,14 @@ def _tar_members(fs: fsspec.AbstractFileSystem, path: str, relative: str) -> lis
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, ending = member.name.rpartition(".")
-                if ending == "cls":
+                if ending == "cls" and member.isfile():
                     classes[key] = tar.extractfile(member).read(100).decode(errors="replace").strip()
                 if member.isfile() and _ends(member.name, EXTENSIONS["folder"]):
                     place = {"offset": member.offset_data, "length": member.size}
                     members.append(place | {"image_id": f"{relative}/{member.name}", "key": key})
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"probing.uri: {path} is not a readable uncompressed tar: {error}") from None
     return [m | {"label": classes.get(m.pop("key"))} for m in members]
@@ -183,10 +198,13 @@ def _parquet_rows(fs: fsspec.AbstractFileSystem, path: str) -> list[tuple[int, s
                 return [(row, None) for row in range(parquet.metadata.num_rows)]
             labels = parquet.read(columns=[column])[column].to_pylist()
             info = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(f"probing.uri: {path} is not a readable Parquet file: {error}") from None
-    names = info.get("info", {}).get("features", {}).get(column, {}).get("names")
-    return [(row, None if l is None else str(names[l] if names else l)) for row, l in enumerate(labels)]
+    feature = info.get("info", {}).get("features", {}).get(column)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if names:  # Hugging Face marks images without a label by -1
+        labels = [names[l] if isinstance(l, int) and 0 <= l < len(names) else None for l in labels]
+    return [(row, None if l is None else str(l)) for row, l in enumerate(labels)]
 
 
 def _labels(settings: ProbingSettings) -> dict[str, str]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,10 @@ import pyarrow.parquet as pq
 from tasks import tables
 
 
+SECRET = r".*(access_?key|secret|token|passw(or)?d|credential|connection_string).*|.*key"
+"""Names of options that are not allowed."""
+
+
 @dataclass
 class StoreSettings:
     root: str = "axonym-data"
@@ -34,9 +38,16 @@ class StoreSettings:
     def __post_init__(self) -> None:
         if not self.root:
             raise ValueError("store.root is empty: give a folder or a URI such as s3://bucket/prefix")
-        secret = [key for key in self.options if re.fullmatch(r"key|secret|token|.*password.*", key)]
-        if secret:
-            raise ValueError(f"store.options.{secret[0]}: secrets come from the environment (AWS_SECRET_ACCESS_KEY, ...)")
+        refuse_secrets("store.options", self.options)
+
+
+def refuse_secrets(name: str, options: dict[str, Any]) -> None:
+    """ValueError where an option, at any depth, is a secret by its name: options are written into the run's manifest."""
+    for key, value in options.items():
+        if re.fullmatch(SECRET, str(key), re.IGNORECASE):
+            raise ValueError(f"{name}.{key}: secrets come from the environment (AWS_SECRET_ACCESS_KEY, ...)")
+        if isinstance(value, Mapping):
+            refuse_secrets(f"{name}.{key}", value)
 
 
 class Store:
@@ -113,7 +124,7 @@ class Folder:
     def done(self) -> set[int]:
         """Numbers of the finished parts."""
         names = self.store.names(f"{self.name}/{self.tables[0]}")
-        return {int(found[1]) for n in names if (found := re.fullmatch(r"part-(\d{5})\.parquet", n))}
+        return {int(found[1]) for n in names if (found := re.fullmatch(r"part-(\d{5,})\.parquet", n))}
 
     def write(self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None) -> None:
         """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table."""
@@ -133,11 +144,13 @@ class Folder:
     ) -> pa.Table:
         """One part of a table; `group` reads one row group of it alone."""
         path = self.store.path(part_name(self.name, table, part))
+        self.store.fs.invalidate_cache()  # another process may have written since
         with self.store.fs.open(path, "rb") as file:
             if filters is not None:
                 found = pq.read_table(file, columns=columns, filters=filters)
             elif group is not None:
                 found = pq.ParquetFile(file).read_row_group(group, columns=columns)
+                found = found.select(columns) if columns else found  # it comes in the order of the file
             else:
                 found = pq.read_table(file, columns=columns)
         return tables.check(table, found, columns)

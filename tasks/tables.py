@@ -128,7 +128,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     | {"crop_id": (I64, "the crop that stands for the patch")}
     | BOX
     | {"active_fraction": (F32, "share of the map above the threshold")},
-    "crops": {"crop_id": (I64, "image * 64 + number in the image's crop grid")} | IMAGE | BOX,
+    "crops": {"crop_id": (I64, "image * 64 + number in the image's crop grid")}
+    | IMAGE
+    | {"level": (I32, "0 for the whole image, else 1 + index of the square's size")}
+    | BOX,
     "embeddings": {"crop_id": (I64, "the crop")} | EMBEDDING,
     "scores": UNIT
     | {

@@ -5,7 +5,6 @@ distinct short phrase with its family and where it came from; and the answers ta
 for word lists).
 """
 
-import hashlib
 import io
 import json
 import re
@@ -22,15 +21,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.llm import LEVELS, Answer, ask, build_prompts, llm_identity
+from tasks.llm import LEVELS, answers_table, ask, build_prompts, check_llm, llm_identity
 from tasks.store import Folder, PartReport, fingerprint
 from tasks.tables import make_table
 
 SOURCES = ("lexicon", "class_names", "vllm")
 LEXICON = Path(__file__).parent / "lexicon.txt"
-EXPECTED = (
-    "a text file with one concept per line, JSON [concept] or {class: [concept]}, or Parquet with a column concept"
-)
+EXPECTED = "text with one concept per line, JSON [concept] or {class: [concept]}, or Parquet with a column concept"
 MAX_LENGTH = 100
 """Characters of the longest concept: CLIP's text tower reads 77 tokens."""
 MAX_RAW = 1000
@@ -44,17 +41,16 @@ BOUNDS = {
     "max_skipped": (0, 1),
 }
 
-INVISIBLE = "Cf"
-"""Unicode category of soft hyphens, joiners and byte-order marks, which copied text is full of."""
 _ASCII = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2012\u2013\u2014_", "''\"\"---- ")
 _QUOTED = re.compile(r"""(["'`])((?:(?!\1).)*)\1""")
 _BULLET = re.compile(r"(?:(?:[-*+\u2022]|\d{1,3}[.):]|\(\d{1,3}\))\s+)+")
 _ARTICLE = re.compile(r"(?:an?|the|some) (?=\S)")
 _MARKUP = re.compile(r"[<>{}\[\]|\\*`]|://|&#?\w+;|^[~.]*/")
+_RELATIVE = r"\b(?:that|which|who|whose|where|when)\b"  # 'fur that is striped' is a phrase
 _SENTENCE = re.compile(
     r"[a-z]{3}[.!?:;] \w"  # not 'st. bernard'
     r"|^(?:i|it|you|we|they|he|she|this|these|there|here|sure|certainly|sorry) \S+ \S"
-    r"|^\S+ (?:.* )?(?:is|are|was|were|has|have|may be|can be|could|should|would) \S"
+    rf"|^(?!.*{_RELATIVE})\S+ (?:.* )?(?:is|are|was|were|has|have|may be|can be|could|should|would) \S"
 )
 
 
@@ -98,18 +94,7 @@ class VocabularySettings:
             if not low <= getattr(self, key) <= high:
                 raise ValueError(f"vocabulary.{key}={getattr(self, key)}: allowed are {low} to {high}")
         if self.source == "vllm":
-            self._check_llm()
-
-    def _check_llm(self) -> None:
-        if not self.model:
-            raise ValueError("vocabulary.model is missing: give a folder or a Hugging Face name")
-        if not self.domain.strip():
-            raise ValueError("vocabulary.domain is empty: say what the images are, such as 'everyday photographs'")
-        if not self.levels and not self.per_class:
-            raise ValueError("vocabulary.levels=[]: allowed only with vocabulary.per_class=true")
-        for key, instead in (("model", "vocabulary.model"), ("seed", "vocabulary.seed"), ("hf_token", "HF_TOKEN")):
-            if key in self.engine:
-                raise ValueError(f"vocabulary.engine.{key}: not allowed, use {instead}")
+            check_llm(self)
 
     @property
     def uses_class_names(self) -> bool:
@@ -133,7 +118,8 @@ def read_concepts(path: str | None) -> list[Raw]:
     path = str(LEXICON) if path is None else path
     name = path.rstrip("/").rsplit("/", 1)[-1]
     try:
-        data = _file_bytes(path)
+        fs, inner = fsspec.core.url_to_fs(path)
+        data = fs.cat_file(inner)
         if name.endswith(".parquet"):
             return _parquet_rows(data, name)
         text = data.decode("utf-8-sig")
@@ -141,11 +127,6 @@ def read_concepts(path: str | None) -> list[Raw]:
     except (OSError, ImportError, ValueError, RecursionError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"vocabulary.path={path}: {reason}; expected {EXPECTED}") from None
-
-
-def _file_bytes(path: str) -> bytes:
-    fs, inner = fsspec.core.url_to_fs(path)
-    return fs.cat_file(inner)
 
 
 def _text_rows(text: str, name: str) -> list[Raw]:
@@ -159,15 +140,11 @@ def _text_rows(text: str, name: str) -> list[Raw]:
 
 
 def _json_rows(found: Any, name: str) -> list[Raw]:
-    groups = found.items() if isinstance(found, dict) else [(name, found)] if isinstance(found, list) else []
-    rows = [
-        (concept, source)
-        for source, concepts in groups
-        for concept in ([concepts] if isinstance(concepts, str) else concepts if isinstance(concepts, list) else [None])
-    ]
-    if (not groups and found != {}) or not all(isinstance(concept, str) for concept, _ in rows):
-        raise ValueError("a concept is not a string")
-    return [Raw(concept, None, (source,)) for concept, source in rows]
+    groups = found if isinstance(found, dict) else {name: found}
+    groups = {source: [value] if isinstance(value, str) else value for source, value in groups.items()}
+    if not all(isinstance(value, list) and all(isinstance(c, str) for c in value) for value in groups.values()):
+        raise ValueError("not all concepts are strings")
+    return [Raw(concept, None, (source,)) for source, concepts in groups.items() for concept in concepts]
 
 
 def _parquet_rows(data: bytes, name: str) -> list[Raw]:
@@ -175,9 +152,8 @@ def _parquet_rows(data: bytes, name: str) -> list[Raw]:
     if "concept" not in file.schema_arrow.names:
         raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
     table = file.read([c for c in ("concept", "family") if c in file.schema_arrow.names])
-    columns = {c: table[c].cast(pa.string()).to_pylist() for c in table.column_names}
-    families = columns.get("family", [None] * table.num_rows)
-    return [Raw(c or "", f, (name,)) for c, f in zip(columns["concept"], families, strict=True)]
+    table = table.cast(pa.schema([(c, pa.string()) for c in table.column_names]))
+    return [Raw(row["concept"] or "", row.get("family"), (name,)) for row in table.to_pylist()]
 
 
 def class_rows(class_names: Iterable[str]) -> list[Raw]:
@@ -186,9 +162,8 @@ def class_rows(class_names: Iterable[str]) -> list[Raw]:
 
 def class_concept(name: str) -> str:
     """The concept of a class: the first synonym of 'tench, Tinca tinca', in a form that clean() keeps."""
-    plain = "".join(" " if _is_control(c) else c for c in name)
-    first = next((part for part in re.split(r",\s", plain) if re.search(r"[^\W_]", part)), "")
-    first = _tidy(first[:MAX_RAW])
+    plain = "".join(c if c.isprintable() else " " for c in _tidy(name[:MAX_RAW]))
+    first = next((part for part in plain.split(", ") if any(map(str.isalnum, part))), "")
     return _tidy(textwrap.shorten(first, MAX_LENGTH, placeholder="") or first[:MAX_LENGTH])
 
 
@@ -208,7 +183,7 @@ def clean(raw: Iterable[Raw], max_words: int) -> tuple[list[dict], Counter]:
         row = rows.setdefault(concept, {"family": None, "sources": [], "prompt_id": None})
         row["family"] = row["family"] or _tidy(found.family or "") or None
         row["prompt_id"] = row["prompt_id"] or found.prompt_id
-        row["sources"] += [_text(source) for source in found.sources]
+        row["sources"] += [source.encode(errors="replace").decode() for source in found.sources]  # no lone surrogates
     return [
         {
             "concept_id": fingerprint({"concept": concept}),
@@ -227,7 +202,7 @@ def _tidy(text: str) -> str:
     while before != text:  # a bullet hides an article, which hides a quotation mark
         before = text
         text = unicodedata.normalize("NFKC", text).translate(_ASCII).lower()
-        text = " ".join("".join(c for c in text if unicodedata.category(c) != INVISIBLE).split())
+        text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
         for prefix in (_BULLET, _ARTICLE):
             text = text[found.end() :] if (found := prefix.match(text)) else text
         text = found[2] if (found := _QUOTED.fullmatch(text)) else text
@@ -241,7 +216,7 @@ def _refusal(concept: str, found: Raw, max_words: int) -> str | None:
         return "empty"
     if len(concept) > MAX_LENGTH:
         return "too long"
-    if any(map(_is_control, concept)):
+    if not concept.isprintable():
         return "control characters"
     if found.is_class:
         return None
@@ -250,15 +225,6 @@ def _refusal(concept: str, found: Raw, max_words: int) -> str | None:
     if _SENTENCE.search(concept):
         return "sentence"
     return "too many words" if found.prompt_id is not None and len(concept.split()) > max_words else None
-
-
-def _is_control(c: str) -> bool:
-    return unicodedata.category(c).startswith("C") and unicodedata.category(c) != INVISIBLE
-
-
-def _text(text: str) -> str:
-    """The text without lone surrogates, which Parquet cannot hold."""
-    return text.encode(errors="replace").decode()
 
 
 @cache
@@ -274,12 +240,10 @@ def family_of(concept: str) -> str:
 
 
 def identity(settings: VocabularySettings, class_names: Iterable[str] = ()) -> dict:
-    """What the stage's fingerprint must contain beyond the settings: contents of files, prompts, model and names."""
-    found: dict[str, Any] = {"lexicon": hashlib.sha256(LEXICON.read_bytes()).hexdigest()}
-    names = list(class_names)
+    """What the stage's fingerprint must contain beyond the settings: the content of what they name."""
+    found, names = {"lexicon": fingerprint({"rows": read_concepts(None)})}, list(class_names)
     if settings.path is not None:
-        read_concepts(settings.path)  # a file that cannot be read is told before anything starts
-        found["file"] = hashlib.sha256(_file_bytes(settings.path)).hexdigest()
+        found["file"] = fingerprint({"rows": read_concepts(settings.path)})
     if settings.uses_class_names:
         found["class_names"] = fingerprint({"names": names})
     if settings.source == "vllm":
@@ -310,9 +274,10 @@ class VocabularyWorker:
             raw += class_rows(names) if settings.uses_class_names else []
         with report.phase("compute"):
             answers = ask(settings, names) if settings.source == "vllm" else []
-            rows, skipped = clean([*raw, *_answer_rows(answers)], settings.max_words)
-        _check(rows, answers, skipped, settings)
-        tables = {"concepts": _concepts_table(rows, settings), "answers": _answers_table(answers)}
+            raw += [Raw(c, a.prompt.family, a.prompt.sources, a.prompt.prompt_id) for a in answers for c in a.concepts]
+            rows, skipped = clean(raw, settings.max_words)
+        _check_number(rows, skipped, settings)
+        tables = {"concepts": _concepts_table(rows, settings), "answers": answers_table(answers)}
         with report.phase("write"):
             self.job.out.write(part, tables)
         report.rows = {name: table.num_rows for name, table in tables.items()}
@@ -320,36 +285,16 @@ class VocabularyWorker:
         return report
 
 
-def _answer_rows(answers: list[Answer]) -> list[Raw]:
-    return [Raw(c, a.prompt.family, a.prompt.sources, a.prompt.prompt_id) for a in answers for c in a.concepts]
-
-
-def _check(rows: list[dict], answers: list[Answer], skipped: Counter, settings: VocabularySettings) -> None:
-    source = f"vocabulary.source={settings.source}" + (f" vocabulary.path={settings.path}" if settings.path else "")
-    bad = [answer for answer in answers if answer.status == "malformed"]
-    if len(bad) > settings.max_skipped * len(answers):
-        share = f"{len(bad)} of {len(answers)} answers are malformed"
-        example = f"the first begins {bad[0].text[:80]!r}"
-        raise ValueError(f"{source}: {share}, above vocabulary.max_skipped={settings.max_skipped}; {example}")
+def _check_number(rows: list[dict], skipped: Counter, settings: VocabularySettings) -> None:
     if len(rows) < 2:
+        source = f"vocabulary.source={settings.source}" + (f" vocabulary.path={settings.path}" if settings.path else "")
         reasons = ", ".join(f"{reason}: {n}" for reason, n in skipped.items()) or "nothing"
         raise ValueError(f"{source}: {len(rows)} concepts found, at least 2 are needed (left out: {reasons})")
 
 
 def _concepts_table(rows: list[dict], settings: VocabularySettings) -> pa.Table:
-    model = str(settings.model)
-    model = Path(model).name if Path(model).is_dir() else model  # where it lies is no business of the table
+    model = Path(str(settings.model))
+    name = model.name if model.is_dir() else settings.model  # where a folder lies is no business of the table
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    columns["llm"] = [None if row["prompt_id"] is None else model for row in rows]
+    columns["llm"] = [None if row["prompt_id"] is None else name for row in rows]
     return make_table("concepts", columns | {"parent": [None] * len(rows), "round": [0] * len(rows)})
-
-
-def _answers_table(answers: list[Answer]) -> pa.Table:
-    columns = {
-        "prompt_id": [answer.prompt.prompt_id for answer in answers],
-        "prompt": [_text(answer.prompt.text) for answer in answers],
-        "answer": [_text(answer.text) for answer in answers],
-        "tokens": [answer.tokens for answer in answers],
-        "status": [answer.status for answer in answers],
-    }
-    return make_table("answers", columns)

@@ -1,0 +1,198 @@
+"""Stage scores: the best concepts of every unit.
+
+In: patches and their embeddings, exemplars, unit_stats, image embeddings, concepts and their embeddings. Out: the kept
+concepts of each unit, ranked. Units go through in chunks of one fixed size, so memory does not depend on the block.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tasks.crops import MAX_CROPS
+from tasks.forward import worker_device
+from tasks.images import ImageList
+from tasks.layers import Block
+from tasks.scorers import PMI, SCORERS, Evidence, ScorerSettings, log_mean_exp
+from tasks.store import Folder, PartReport, hash64
+from tasks.tables import make_table, matrix
+
+CHUNK = 32
+"""Units scored at once."""
+NULL_CROPS = 2048
+"""Random crops per size behind the null mean and deviation."""
+SHARE_Z = 1.645
+"""A patch matches a concept if its similarity is above the 95 % quantile of random crops, taken as normal."""
+
+
+@dataclass
+class ScoresJob:
+    out: Folder
+    images: ImageList
+    exemplars: Folder
+    patches: Folder
+    embeddings: Folder
+    image_embeddings: Folder
+    vocabulary: Folder
+    concept_embeddings: Folder
+    blocks: list[Block]
+    settings: ScorerSettings
+    k: int
+    """Exemplars per unit (activations.k)."""
+    num_patches: int
+    """Patches per unit (patches.k)."""
+    threads: int
+
+
+class ScoresWorker:
+    """Scores one unit block; keeps the embeddings of all crops, images and concepts between blocks."""
+
+    def __init__(self, job: ScoresJob) -> None:
+        self.job, self.device = job, worker_device(job.threads)
+        self.marginal = lru_cache(maxsize=4)(self._marginal)
+
+    @cached_property
+    def concepts(self) -> pa.Table:
+        return self.job.vocabulary.read_all("concepts", columns=["concept_id", "concept", "family"])
+
+    @cached_property
+    def concepts_CD(self) -> torch.Tensor:
+        vectors = matrix(self.job.concept_embeddings.read_all("concept_embeddings")["embedding"])
+        return torch.from_numpy(vectors.astype(np.float32)).to(self.device)
+
+    @cached_property
+    def images_ND(self) -> np.ndarray:
+        return matrix(self.job.image_embeddings.read_all("image_embeddings")["embedding"])
+
+    @cached_property
+    def crops(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sorted crop ids, their vectors float16 [n, D] and their levels; a whole image has the image's vector."""
+        crops = self.job.patches.read_all("crops", columns=["crop_id", "level"])
+        ids, levels = crops["crop_id"].to_numpy(), crops["level"].to_numpy()
+        embeddings = self.job.embeddings.read_all("embeddings")
+        vectors = np.empty((len(ids), self.images_ND.shape[1]), np.float16)
+        whole = ids % MAX_CROPS == 0
+        vectors[whole] = self.images_ND[ids[whole] // MAX_CROPS]
+        if embeddings.num_rows:
+            assert np.array_equal(embeddings["crop_id"].to_numpy(), ids[~whole]), "embeddings do not match the crops"
+            vectors[~whole] = matrix(embeddings["embedding"])
+        return ids, vectors, levels
+
+    @cached_property
+    def null(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation [L, C] of the similarity of a hash-fixed sample of crops of each level to each concept.
+
+        Level 0 is sampled from all readable images; a level without crops has mean 0 and deviation 1.
+        """
+        ids, vectors, levels = self.crops
+        known = np.flatnonzero(self.job.images.ok)
+        means, stds = [], []
+        for level in range(int(levels.max(initial=0)) + 1):
+            members = known * MAX_CROPS if level == 0 else ids[levels == level]
+            chosen = members[np.argsort([hash64(f"null:{i}") for i in members], kind="stable")[:NULL_CROPS]]
+            sample = self.images_ND[chosen // MAX_CROPS] if level == 0 else vectors[np.searchsorted(ids, chosen)]
+            similarity = torch.from_numpy(sample.astype(np.float32)).to(self.device) @ self.concepts_CD.T
+            few = len(chosen) < 2
+            means.append(torch.zeros(len(self.concepts_CD), device=self.device) if few else similarity.mean(0))
+            stds.append(torch.ones(len(self.concepts_CD), device=self.device) if few else similarity.std(0))
+        return torch.stack(means), torch.stack(stds)
+
+    @cached_property
+    def mean_image_D(self) -> np.ndarray:
+        """Mean vector of the explain images."""
+        return self.images_ND[self.job.images.split == "explain"].astype(np.float64).mean(0)
+
+    def run(self, part: int) -> PartReport:
+        report, block = PartReport(part), self.job.blocks[part]
+        with report.phase("read"):
+            _ = self.concepts_CD, self.crops, self.null
+        with report.phase("compute"), torch.inference_mode():
+            layer = [i for i, b in enumerate(self.job.blocks) if b.layer == block.layer]
+            marginal = self.marginal(tuple(layer)) if self.job.settings.name in PMI else 0
+            chunks = [self._kept(block, start, e, s - marginal) for start, e, s in self._scored(part)]
+        table = make_table("scores", {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]})
+        with report.phase("write"):
+            self.job.out.write(part, {"scores": table})
+        report.rows = {"scores": table.num_rows}
+        return report
+
+    def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:
+        """[C], log of the mean of exp(score) over all units of a layer, whatever its blocks."""
+        rows = torch.cat([scores.double() for part in parts for _, _, scores in self._scored(part)])
+        return log_mean_exp(rows.logsumexp(0), len(rows)).float()
+
+    def _scored(self, part: int):
+        """(first unit, Evidence, scores [U, C]) chunk by chunk; chunks are cut on the unit's number in its layer."""
+        block, params = self.job.blocks[part], self.job.settings.params
+        patches = self._patches(part)
+        exemplars = self.job.exemplars.read("exemplars", part, columns=["unit", "tail", "rank", "image"])
+        exemplars = exemplars.filter(pa.compute.equal(exemplars["tail"], "top"))
+        stats = self.job.exemplars.read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
+        for start in range(block.start, block.stop, CHUNK):
+            units = np.arange(start, min(start + CHUNK, block.stop))
+            evidence = self._evidence(units, patches, exemplars, stats.slice(start - block.start, len(units)))
+            yield start, evidence, SCORERS[self.job.settings.name](evidence, **params)
+
+    def _patches(self, part: int) -> pa.Table:
+        columns = ["unit", "tail", "rank", "crop_id"]
+        shards = range(self.job.images.num_shards)
+        found = pa.concat_tables([self.job.patches.read("patches", s, columns=columns, group=part) for s in shards])
+        return found.filter(pa.compute.equal(found["tail"], "top"))
+
+    def _evidence(self, units: np.ndarray, patches: pa.Table, exemplars: pa.Table, stats: pa.Table) -> Evidence:
+        ids, vectors, levels = self.crops
+        crop_UP = _by_rank(patches, "crop_id", units, self.job.num_patches)
+        image_UK = _by_rank(exemplars, "image", units, self.job.k)
+        place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
+        weighted = matrix(stats["embedding_sum_cubed"]) - stats["sum_cubed"].to_numpy()[:, None] * self.mean_image_D
+
+        def device(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, dtype)
+
+        return Evidence(
+            concepts_CD=self.concepts_CD,
+            patches_UPD=device(vectors[place_UP] * (crop_UP >= 0)[:, :, None]),
+            has_patch_UP=device(crop_UP >= 0, torch.bool),
+            levels_UP=device(np.where(crop_UP >= 0, levels[place_UP], 0), torch.int64),
+            exemplars_UKD=device(self.images_ND[image_UK.clip(0)] * (image_UK >= 0)[:, :, None]),
+            has_exemplar_UK=device(image_UK >= 0, torch.bool),
+            weighted_UD=device(weighted),
+            null_mean_LC=self.null[0],
+            null_std_LC=self.null[1],
+        )
+
+    def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:
+        keep = min(self.job.settings.keep, scores_UC.shape[1])
+        best, index = scores_UC.topk(keep, dim=1)
+        units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
+        chosen = index.cpu().numpy().reshape(-1)
+        columns = {name: self.concepts[name].to_numpy(zero_copy_only=False)[chosen] for name in self.concepts.column_names}
+        return columns | {
+            "layer": np.array([block.layer] * len(chosen)),
+            "unit": np.repeat(units, keep),
+            "rank": np.tile(np.arange(keep), len(units)),
+            "score": best.cpu().numpy().reshape(-1),
+            "null_z": null_z.cpu().numpy().reshape(-1),
+            "share": _share(evidence, index).cpu().numpy().reshape(-1),
+        }
+
+
+def _by_rank(table: pa.Table, column: str, units: np.ndarray, width: int) -> np.ndarray:
+    """int64 [units, width] of a column laid out by rank, -1 where a unit has fewer; `units` are consecutive."""
+    unit = table["unit"].to_numpy()
+    inside = (unit >= units[0]) & (unit <= units[-1])
+    laid = np.full((len(units), width), -1, np.int64)
+    laid[unit[inside] - units[0], table["rank"].to_numpy()[inside]] = table[column].to_numpy()[inside]
+    return laid
+
+
+def _share(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
+    """[U, R], share of each unit's patches that match each of its kept concepts."""
+    concepts_URD = evidence.concepts_CD[index_UR]
+    similarity_UPR = evidence.patches_UPD @ concepts_URD.transpose(1, 2)
+    levels_UP1 = evidence.levels_UP[:, :, None]
+    limit = evidence.null_mean_LC[levels_UP1, index_UR[:, None]] + SHARE_Z * evidence.null_std_LC[levels_UP1, index_UR[:, None]]
+    matches = ((similarity_UPR > limit) & evidence.has_patch_UP[:, :, None]).sum(1)
+    return matches / evidence.has_patch_UP.sum(1, keepdim=True).clamp(min=1)

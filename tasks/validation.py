@@ -1,0 +1,136 @@
+"""Stage validation: does the name predict the unit on images that did not make it?
+
+In: explanations, pooled activations and image embeddings of the held-out splits. Out: one row a unit: the correlation on
+validate with its interval and p value, and the best rival concept on select.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import norm
+
+from tasks.images import ImageList
+from tasks.layers import Block
+from tasks.store import Folder, PartReport
+from tasks.tables import make_table, matrix
+
+SYNONYM = 0.9
+"""Text cosine from which two concepts count as one meaning, so that neither is the other's rival."""
+
+
+@dataclass
+class ValidationJob:
+    out: Folder
+    images: ImageList
+    activations: Folder
+    image_embeddings: Folder
+    vocabulary: Folder
+    concept_embeddings: Folder
+    explanations: Folder
+    blocks: list[Block]
+
+
+class ValidationWorker:
+    """Correlations of one unit block as one product of standardised activations and similarities."""
+
+    def __init__(self, job: ValidationJob) -> None:
+        self.job = job
+
+    @cached_property
+    def vectors(self) -> tuple[np.ndarray, dict[str, int]]:
+        """Concept vectors float32 [C, D] and the row of each concept."""
+        concepts = self.job.vocabulary.read_all("concepts", columns=["concept"])["concept"].to_pylist()
+        table = self.job.concept_embeddings.read_all("concept_embeddings")
+        return matrix(table["embedding"]).astype(np.float32), {c: i for i, c in enumerate(concepts)}
+
+    @cached_property
+    def images_ND(self) -> np.ndarray:
+        return matrix(self.job.image_embeddings.read_all("image_embeddings")["embedding"]).astype(np.float32)
+
+    def run(self, part: int) -> PartReport:
+        report, job, block = PartReport(part), self.job, self.job.blocks[part]
+        with report.phase("read"):
+            explanations = job.explanations.read("explanations", part)
+            shards = range(job.images.num_shards)
+            pooled_US = np.concatenate([read_pooled(job.activations, s, part) for s in shards], 1)
+        with report.phase("compute"):
+            table = self._validate(block, explanations, pooled_US)
+        with report.phase("write"):
+            job.out.write(part, {"validation": table})
+        report.rows = {"validation": table.num_rows}
+        return report
+
+    def _validate(self, block: Block, explanations: pa.Table, pooled_US: np.ndarray) -> pa.Table:
+        vectors_CD, row_of = self.vectors
+        concepts_UR = np.array([[row_of[c] for c in row] for row in explanations["concepts"].to_pylist()])
+        stored = np.flatnonzero(self.job.images.stored)
+        split = self.job.images.split[stored]
+        correlation_UR = {}
+        for name in ("select", "validate"):
+            chosen = split == name
+            similarity = self.images_ND[stored[chosen]] @ vectors_CD[np.unique(concepts_UR)].T
+            place = np.searchsorted(np.unique(concepts_UR), concepts_UR)
+            correlation_UR[name] = np.take_along_axis(correlations(pooled_US[:, chosen], similarity), place, 1)
+        count = {name: int((split == name).sum()) for name in correlation_UR}
+        r = correlation_UR["validate"][:, 0]
+        lower, upper, p = fisher(r, count["validate"])
+        rival, gain = best_rival(correlation_UR["select"], vectors_CD[concepts_UR], count["select"])
+        names = np.array(explanations["concepts"].to_pylist(), object)
+        columns = {
+            "layer": [block.layer] * len(block),
+            "unit": np.arange(block.start, block.stop),
+            "images": [count["validate"]] * len(block),
+            "correlation": _nullable(r, pa.float32()),
+            "lower": _nullable(lower, pa.float32()),
+            "upper": _nullable(upper, pa.float32()),
+            "p": _nullable(p, pa.float64()),
+            "rival": [names[u, i] if i >= 0 else None for u, i in enumerate(rival)],
+            "rival_gain": _nullable(gain, pa.float32()),
+        }
+        return make_table("validation", columns)
+
+
+def read_pooled(activations: Folder, shard: int, block: int) -> np.ndarray:
+    """float32 [units of the block, stored images of the shard]."""
+    table = activations.read("pooled", shard, group=block)
+    values = matrix(table["activation"], None if len(table["activation"].combine_chunks().flatten()) else 0)
+    return values.astype(np.float32) * table["scale"].to_numpy()[:, None]
+
+
+def _nullable(values: np.ndarray, dtype: pa.DataType) -> pa.Array:
+    return pa.array(values, dtype, from_pandas=True)  # NaN becomes null
+
+
+def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
+    """Pearson correlation float64 [U, C] of every row of a with every column of s; NaN where one is constant or N < 4."""
+    if a_UN.shape[1] < 4:
+        return np.full((len(a_UN), s_NC.shape[1]), np.nan)
+    a, s = a_UN.astype(np.float64), s_NC.astype(np.float64)
+    a, s = a - a.mean(1, keepdims=True), s - s.mean(0)
+    norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(s, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(norms > 0, a @ s / norms, np.nan).clip(-1, 1)
+
+
+def fisher(r: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """95 % interval and one-sided p of no positive correlation: atanh(r) is normal with deviation 1 / sqrt(count - 3)."""
+    if count < 4:
+        return (np.full(len(r), np.nan),) * 3
+    z, deviation = np.arctanh(r.clip(-0.999999, 0.999999)), 1 / np.sqrt(count - 3)
+    return np.tanh(z - 1.96 * deviation), np.tanh(z + 1.96 * deviation), norm.sf(z / deviation)
+
+
+def best_rival(r_UR: np.ndarray, vectors_URD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each unit's other concepts that are no synonyms of the first, the best on select: its index and its gain.
+
+    The gain is (atanh r_rival - atanh r_first) sqrt(count - 3); index -1 and gain NaN where there is no rival.
+    """
+    cosine = (vectors_URD * vectors_URD[:, :1]).sum(2)
+    r = np.where((cosine < SYNONYM) & np.isfinite(r_UR), r_UR, -np.inf)
+    index, rows = r.argmax(1), np.arange(len(r))
+    known = np.isfinite(r[rows, index]) & np.isfinite(r_UR[:, 0]) & (count > 3)
+    z = np.arctanh(np.where(known[:, None], np.stack([r[rows, index], r_UR[:, 0]], 1), 0).clip(-0.999999, 0.999999))
+    gain = (z[:, 0] - z[:, 1]) * np.sqrt(max(count - 3, 0))
+    return np.where(known, index, -1), np.where(known, gain, np.nan)
