@@ -101,6 +101,14 @@ def _check_name(name: str, pretrained: str | None, key: str, check_pretrained: b
         raise ValueError(f"{key}.pretrained={pretrained}: unknown for {name}; allowed are a file, {', '.join(tags)}")
 
 
+def check_clip(settings: ClipSettings) -> None:
+    """Raise ValueError, without loading anything, where the CLIP named cannot exist."""
+    if settings.is_folder:
+        _folder_config(settings.name, "clip")
+    else:
+        _check_name(settings.name, settings.pretrained, "clip", True)
+
+
 def clip_identity(settings: ClipSettings) -> str:
     """What the fingerprint holds of the CLIP: for local files their sizes and the hash of every byte."""
     import hashlib

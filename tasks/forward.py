@@ -4,13 +4,15 @@ In: settings of the target, its layers, an ImageList. Out: calls `on_layer(layer
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from tasks.images import ImageList
-from tasks.layers import Layer, hooked
+from tasks.layers import Layer, LayersSettings, find_layers, hooked
+from tasks.pixels import Preprocess
 from tasks.target import DTYPES, TargetSettings, load_target
 
 
@@ -42,3 +44,20 @@ class HookedTarget:
             for numbers, pixels in zip(batches, images.batches(batches, self.preprocess), strict=True):
                 self.model(self.preprocess.normalise(pixels.to(self.device)).to(self.dtype))
                 after_batch(numbers)
+
+
+@dataclass
+class Description:
+    """What the flow must know of a target model before any worker starts."""
+
+    layers: list[Layer]
+    digest: str
+    preprocess: Preprocess
+    class_names: list[str] | None
+
+
+def describe(settings: TargetSettings, layers: LayersSettings) -> Description:
+    """Load the model once, find its layers by one dry run, hash its weights. Raises ValueError naming the key."""
+    target = load_target(settings)
+    found = find_layers(target.model, target.preprocess, layers, settings.prefix_tokens)
+    return Description(found, target.digest(), target.preprocess, target.class_names)

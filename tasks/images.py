@@ -6,7 +6,7 @@ In: the images table (or the listing). Out: an ImageList, the bytes of single im
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -39,6 +39,8 @@ class ImageReader:
         fs, path = self._place(uri)
         if offset is None or length is None:
             return fs.cat_file(path)
+        if length == 0:  # on S3 an empty range is the whole file
+            return b""
         return fs.cat_file(path, start=offset, end=offset + length)
 
     def _place(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -83,20 +85,26 @@ def image_column(schema: pa.Schema, uri: str) -> str:
 
 @dataclass
 class ImageList:
-    """All images of a probing dataset, in stored order; arrays are indexed by image number."""
+    """All images of a probing dataset, in stored order; arrays are indexed by image number.
 
-    table: pa.Table
+    Travels to workers without its table, which is read from the store where it is first needed.
+    """
+
+    folder: Folder
     shard_size: int
     batch_size: int
     pooled_max: int
     options: dict[str, Any]
     """fsspec options of the dataset's URIs."""
 
-    @classmethod
-    def load(cls, folder: Folder, shard_size: int, batch_size: int, pooled_max: int, options: dict) -> "ImageList":
-        table = folder.read_all("images")
+    def __getstate__(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @cached_property
+    def table(self) -> pa.Table:
+        table = self.folder.read_all("images")
         assert np.array_equal(table["image"].to_numpy(), np.arange(len(table))), "images are not in stored order"
-        return cls(table, shard_size, batch_size, pooled_max, options)
+        return table
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 178_956_970
-"""Larger images are left out (reason: too_large): a small file may otherwise unpack to any amount of memory. Pillow's limit."""
+"""Larger images are left out (reason: too_large), as Pillow does: a small file may unpack to any amount of memory."""
 MAX_ASPECT = 32
 """Longer strips are left out (reason: too_narrow): resizing their short side to a model's input would blow up the other."""
 
@@ -70,7 +70,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation; 1 (upright) where there is none or the EXIF data is damaged, which says nothing of the pixels."""
+    """EXIF orientation; 1 (upright) where there is none or the EXIF data is damaged: the pixels may still be good."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # as above: struct.error, SyntaxError, ...
@@ -104,7 +104,7 @@ class Preprocess:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize, rounded as torchvision (square cover) or timm and open_clip (others) round."""
+        """Width and height after the resize, rounded as torchvision (square cover) or as timm and open_clip (others)."""
         to_height, to_width = self.resize_to
         if self.resize == "squash":
             return to_width, to_height
@@ -116,7 +116,7 @@ class Preprocess:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def _offset(self, width: int, height: int) -> tuple[int, int]:
-        """Left and upper edge of the centre crop inside the resized image; negative where it is padded. Rounded as torchvision does."""
+        """Left and upper edge of the centre crop inside the resized image, as torchvision rounds; negative: padding."""
         left, top = width - self.size[1], height - self.size[0]
         return round(left / 2) if left > 0 else -(-left // 2), round(top / 2) if top > 0 else -(-top // 2)
 

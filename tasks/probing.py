@@ -77,7 +77,7 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
 
     Raises ValueError naming probing.uri where a URI does not exist, holds no images, or mixes formats.
     """
-    if not settings.uris:
+    if not settings.uris or not all(settings.uris):
         raise ValueError("probing.uri is missing: give a folder of images, WebDataset tars or Parquet files (or a list)")
     rows, stamps = [], []
     for uri, name in zip(settings.uris, _short_names(settings.uris), strict=True):
@@ -203,8 +203,8 @@ def _parquet_rows(fs: fsspec.AbstractFileSystem, path: str) -> list[tuple[int, s
     feature = info.get("info", {}).get("features", {}).get(column)
     names = feature.get("names") if isinstance(feature, dict) else None
     if names:  # Hugging Face marks images without a label by -1
-        labels = [names[l] if isinstance(l, int) and 0 <= l < len(names) else None for l in labels]
-    return [(row, None if l is None else str(l)) for row, l in enumerate(labels)]
+        labels = [names[n] if isinstance(n, int) and 0 <= n < len(names) else None for n in labels]
+    return [(row, None if label is None else str(label)) for row, label in enumerate(labels)]
 
 
 def _labels(settings: ProbingSettings) -> dict[str, str]:

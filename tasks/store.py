@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 
 from tasks import tables
 
-
 SECRET = r".*(access_?key|secret|token|passw(or)?d|credential|connection_string).*|.*key"
 """Names of options that are not allowed."""
 
@@ -195,6 +194,8 @@ class PartReport:
     rows: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_mib: int = 0
+    """Largest resident memory of the worker's process so far."""
     error: str | None = None
 
     @contextmanager

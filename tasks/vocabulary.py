@@ -21,7 +21,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.llm import LEVELS, answers_table, ask, build_prompts, check_llm, llm_identity
+from tasks.llm import LEVELS, MAX_LETTERS, answers_table, ask, build_prompts, check_llm, llm_identity
 from tasks.store import Folder, PartReport, fingerprint
 from tasks.tables import make_table
 
@@ -33,7 +33,7 @@ MAX_LENGTH = 100
 MAX_RAW = 1000
 """Characters of the longest phrase that is looked at at all."""
 BOUNDS = {
-    "max_words": (1, 20),
+    "max_words": (1, 12),
     "max_concepts": (1, 1000),
     "max_tokens": (1, 10**6),
     "temperature": (0, 2),
@@ -214,7 +214,7 @@ def _refusal(concept: str, found: Raw, max_words: int) -> str | None:
     """Why a tidy phrase is no concept; None where it is one."""
     if not any(c.isalnum() for c in concept):
         return "empty"
-    if len(concept) > MAX_LENGTH:
+    if len(concept) > MAX_LENGTH or (found.prompt_id is not None and len(found.concept) >= MAX_LETTERS):
         return "too long"
     if not concept.isprintable():
         return "control characters"

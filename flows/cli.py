@@ -1,0 +1,55 @@
+"""The `axonym` command: one word per flow.
+
+In: command line. Out: the flow's exit code; 2 for what the user can mend, with one line on standard error.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+FLOWS = {
+    "sweep": ("name every unit of the chosen layers", "axonym sweep target=resnet50 probing.uri=photos run=first"),
+    "status": ("stage by stage, part by part, read from the store", "axonym status run=first"),
+    "show": ("one neuron in the terminal", "axonym show run=first layer=layer4.2 unit=17"),
+}
+
+
+def overview() -> str:
+    width = max(map(len, FLOWS))
+    lines = [f"  {name:<{width}}  {what}\n  {'':<{width}}    {example}" for name, (what, example) in FLOWS.items()]
+    return "axonym names the neurons of vision models.\n\n" + "\n".join(lines) + "\n\nGroups and keys: see conf/ and README.md"
+
+
+def run_flow(flow: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Exit code of a flow; a ValueError is the user's to mend and becomes one line."""
+    from flows.config import environment
+    from flows.stage import StageFailed
+
+    environment()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        return flow(arguments)
+    except ValueError as error:
+        if os.environ.get("AXONYM_TRACEBACK"):
+            raise
+        print(f"axonym: {error}", file=sys.stderr)
+        return 2
+    except StageFailed as error:
+        print(f"axonym: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("axonym: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, arguments = sys.argv[1], sys.argv[2:]
+    if name not in FLOWS:
+        print(f"axonym: {name}: no such flow; allowed are {', '.join(FLOWS)}", file=sys.stderr)
+        return 2
+    return run_flow(lambda args: importlib.import_module(f"flows.{name}").main(args), arguments)

@@ -1,0 +1,196 @@
+"""Configuration: Hydra composes conf/, dataclasses validate, one line says what is wrong.
+
+In: overrides as typed (target=vit_l_16 probing.uri=photos). Out: a Config of plain dataclasses, or ValueError naming the key,
+the value and what is allowed. No OmegaConf object leaves this file.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import conf
+from flows.stage import ClusterSettings
+from tasks.activations import ActivationsSettings
+from tasks.clip import ClipSettings
+from tasks.layers import LayersSettings
+from tasks.neurons import NeuronsSettings
+from tasks.patches import PatchesSettings
+from tasks.probing import ProbingSettings
+from tasks.report import ReportSettings
+from tasks.scorers import ScorerSettings
+from tasks.store import StoreSettings
+from tasks.target import TargetSettings
+from tasks.vocabulary import VocabularySettings
+
+CONF = Path(next(iter(conf.__path__)))
+TEXTS = ("run", "text", "layer", "vocabulary.domain")
+"""Keys whose values are free text: quoted for Hydra, so that run=1e5 stays a text."""
+
+
+@dataclass
+class Config:
+    """Everything a sweep can be told; one dataclass per group, each beside the code that uses it."""
+
+    run: str | None = None
+    """Name of the run; default: made of target, layers, vocabulary and scorer."""
+    unit_block: int = 2048
+    """Units per part in the stages that go by units."""
+    target: TargetSettings = field(default_factory=TargetSettings)
+    layers: LayersSettings = field(default_factory=LayersSettings)
+    probing: ProbingSettings = field(default_factory=ProbingSettings)
+    vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
+    clip: ClipSettings = field(default_factory=ClipSettings)
+    activations: ActivationsSettings = field(default_factory=ActivationsSettings)
+    patches: PatchesSettings = field(default_factory=PatchesSettings)
+    scorer: ScorerSettings = field(default_factory=ScorerSettings)
+    neurons: NeuronsSettings = field(default_factory=NeuronsSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+
+    def __post_init__(self) -> None:
+        if self.unit_block < 1:
+            raise ValueError(f"unit_block={self.unit_block}: must be at least 1")
+        if self.patches.k > self.activations.k:
+            raise ValueError(f"patches.k={self.patches.k}: must be at most activations.k={self.activations.k}")
+        if self.run is None:
+            self.run = self._name()
+        if not re.fullmatch(r"[\w.+-]+", self.run) or self.run.startswith("."):
+            raise ValueError(f"run={self.run}: allowed are letters, digits and . _ + -")
+
+    def _name(self) -> str:
+        stem = Path(self.target.name.rpartition(":")[0] or self.target.name)
+        target = stem.parent.name if stem.suffix == ".py" else stem.name
+        words = Path(self.vocabulary.path).stem if self.vocabulary.path else self.vocabulary.source
+        parts = [target, "+".join(self.layers.names), words, self.scorer.name]
+        return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:120].lstrip(".")
+
+
+def compose(overrides: list[str]) -> Config:
+    """Raises ValueError with one line for an unknown key or group choice, a wrong type or an impossible value."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    checked = [_check(override) for override in overrides]
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            found = hydra_compose("config", overrides=checked)
+        config = OmegaConf.to_object(found)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def multirun(overrides: list[str]) -> list[list[str]]:
+    """One list of overrides per combination of the sweep values (scorer=contrastive,soft_wpmi), in Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    choices = []
+    try:
+        for override in OverridesParser.create().parse_overrides(overrides):
+            swept = override.is_sweep_override()
+            values = override.sweep_string_iterator() if swept else [override.get_value_string()]
+            choices.append([f"{override.get_key_element()}={value}" for value in values])
+    except OverrideParseException as error:
+        raise ValueError(_one_line(error)) from None
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as plain values; it never holds secrets (StoreSettings refuses them)."""
+    return dataclasses.asdict(config)
+
+
+def groups() -> list[str]:
+    return sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
+
+
+def _check(override: str) -> str:
+    """The override as Hydra wants it, if its key and group choice exist."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", key):
+        raise ValueError(f"{override}: expected key=value, for example target=vit_l_16 or probing.uri=photos")
+    if key in groups():
+        allowed = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
+        if value not in allowed and not (key == "experiment" and value == "null"):
+            raise ValueError(f"{key}={value}: unknown; allowed are {', '.join(allowed)}")
+        return override
+    inside_dict = _walk(key)
+    if key in TEXTS and not value[:1] in "'\"" and value not in ("null", ""):
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{'++' if inside_dict else ''}{key}={value}"
+
+
+def _walk(key: str) -> bool:
+    """Whether the key points into a free dict. Raises ValueError where no field of that name exists."""
+    kind: Any = Config
+    steps = key.split(".")
+    for depth, step in enumerate(steps):
+        if get_origin(kind) is dict:
+            inner = get_args(kind)[1]
+            if not dataclasses.is_dataclass(inner):
+                return True
+            kind = inner
+            continue
+        names = {f.name: f.type for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        if step not in names:
+            place = ".".join(steps[: depth + 1])
+            near = difflib.get_close_matches(step, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            allowed = f"allowed are {', '.join(names)}" if names else f"{'.'.join(steps[:depth])} takes a value"
+            raise ValueError(f"{place}: unknown key{hint}; {allowed}")
+        kind = names[step]
+    return "stages" in steps
+
+
+def _one_line(error: BaseException) -> str:
+    """Key, value and reason from Hydra's or OmegaConf's own message."""
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, "full_key", None):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return " ".join(str(error).split())
+    lines = str(cause).splitlines()
+    return f"{cause.full_key}: {lines[0]}"
+
+
+def flow_arguments(arguments: list[str], own: dict[str, type]) -> tuple[dict[str, Any], list[str]]:
+    """Split `key=value` arguments into a flow's own keys, converted, and the overrides of the config.
+
+    Raises ValueError for a missing or malformed own key.
+    """
+    found: dict[str, Any] = {}
+    rest = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in own:
+            rest.append(argument)
+            continue
+        try:
+            found[key] = own[key](value)
+        except ValueError:
+            raise ValueError(f"{argument}: expected a {own[key].__name__}") from None
+    missing = [key for key in own if key not in found]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing: this flow needs {' '.join(f'{k}=...' for k in own)}")
+    return found, rest
+
+
+def environment() -> None:
+    """Defaults that must be in the environment before libraries are imported; what the user has set stays."""
+    # S3 servers other than Amazon's often refuse the checksums that newer clients add.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

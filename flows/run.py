@@ -1,0 +1,92 @@
+"""Runs: small manifests that say which stage folders belong together.
+
+In: a store and a run's name. Out: `<root>/runs/<run>/run.json` with the resolved config and the fingerprint of every stage.
+"""
+
+import difflib
+import importlib.metadata
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.store import Folder, Store, StoreSettings, fingerprint
+from tasks.tables import VERSION
+
+TABLES = {
+    "listing": ("listing",),
+    "probing": ("images",),
+    "image_embeddings": ("image_embeddings",),
+    "vocabulary": ("concepts", "answers"),
+    "concept_embeddings": ("concept_embeddings",),
+    "precision": ("precision",),
+    "activations": ("candidates", "stats", "pooled"),
+    "exemplars": ("exemplars", "unit_stats"),
+    "patches": ("patches", "crops"),
+    "embeddings": ("embeddings",),
+    "scores": ("scores",),
+    "explanations": ("explanations",),
+    "validation": ("validation",),
+    "neurons": ("neurons",),
+    "report": ("pages",),
+}
+"""Tables of each stage; the first-named is put last."""
+
+
+@dataclass
+class Run:
+    """One run as its manifest states it."""
+
+    name: str
+    store: StoreSettings
+    config: dict[str, Any]
+    stages: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of each stage that has been planned, in order."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """Number of parts of each stage."""
+
+    @property
+    def path(self) -> str:
+        return f"runs/{self.name}/run.json"
+
+    def folder(self, stage: str) -> Folder:
+        return Folder(self.store, stage, self.stages[stage], TABLES[stage])
+
+    def plan(self, stage: str, payload: dict[str, Any], parts: int, libraries: tuple[str, ...] = ()) -> Folder:
+        """Folder of a stage from everything its numbers depend on; the payload is stored beside the tables.
+
+        `libraries` are those whose version changes numbers.
+        """
+        versions = {name: importlib.metadata.version(name) for name in libraries}
+        payload = {"settings": payload, "versions": versions, "tables": VERSION}
+        previous = (Store(self.store).get_json(self.path) or {}).get("stages", {}).get(stage)
+        self.stages[stage], self.parts[stage] = fingerprint({"stage": stage} | payload), parts
+        folder = self.folder(stage)
+        if folder.store.get_json(f"{folder.name}/stage.json") is None:
+            folder.store.put_json(f"{folder.name}/stage.json", payload)
+        if previous and previous != folder.fingerprint:
+            before = folder.store.get_json(f"{stage}/{previous}/stage.json") or {}
+            print(f"{stage}: a new folder, because {', '.join(differences(before, payload)) or 'its inputs'} changed")
+        return folder
+
+    def save(self) -> None:
+        """Write the manifest. It holds no secrets: the config has none."""
+        found = {"run": self.name, "config": self.config, "stages": self.stages, "parts": self.parts}
+        Store(self.store).put_json(self.path, found)
+
+
+def load_run(store: StoreSettings, name: str) -> Run:
+    """Raises ValueError naming the runs there are where this one is not."""
+    found = Store(store).get_json(f"runs/{name}/run.json")
+    if found is None:
+        runs = [n for n in Store(store).names("runs")]
+        near = difflib.get_close_matches(name, runs, n=5, cutoff=0) or ["none yet"]
+        raise ValueError(f"run={name}: no such run in {store.root}; there are {', '.join(near)}")
+    return Run(name, store, found["config"], found["stages"], found["parts"])
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted names of the fields in which two payloads differ, with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}".lstrip("."))]
+    short = [text if len(text) < 40 else text[:37] + "..." for text in (str(before), str(after))]
+    return [] if before == after else [f"{path.removeprefix('settings.')} ({short[0]} -> {short[1]})"]

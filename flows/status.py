@@ -1,0 +1,41 @@
+"""axonym status run=NAME: how far a run is, read from the store alone.
+
+In: the run's name and the store's config. Out: one line per stage with finished and planned parts, rows and seconds.
+"""
+
+import sys
+
+from flows.config import compose, flow_arguments
+from flows.run import load_run
+from tasks.store import Folder
+
+
+def main(arguments: list[str]) -> int:
+    own, overrides = flow_arguments(arguments, {"run": str})
+    run = load_run(compose(overrides).store, own["run"])
+    print(f"run {run.name}")
+    for stage, parts in run.parts.items():
+        folder = run.folder(stage)
+        done = len(folder.done())
+        mark = "done" if done >= parts else "open"
+        print(f"  {stage:<18} {done:>4} of {parts:<4} {mark}  {folder.name}  {_statistics(folder)}")
+    return 0
+
+
+def _statistics(folder: Folder) -> str:
+    """Seconds by phase and skipped counts, summed over the finished parts."""
+    seconds: dict[str, float] = {}
+    skipped: dict[str, int] = {}
+    for name in folder.store.names(f"{folder.name}/stats"):
+        found = folder.store.get_json(f"{folder.name}/stats/{name}") or {}
+        for total, key in ((seconds, "seconds"), (skipped, "skipped")):
+            for what, value in found.get(key, {}).items():
+                total[what] = total.get(what, 0) + value
+    text = [f"{what} {value:.1f} s" for what, value in seconds.items()]
+    return " ".join(text + [f"skipped {value} {what}" for what, value in skipped.items()])
+
+
+if __name__ == "__main__":
+    from flows.cli import run_flow
+
+    sys.exit(run_flow(main, sys.argv[1:]))

