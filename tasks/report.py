@@ -35,7 +35,7 @@ STATUSES = {
 """Every status of the neurons table, in the order of the pages, with what it means in plain words."""
 AXIS = (-0.2, 1.0)
 """Ends of the axis on which confidence is drawn."""
-FRAME = (200, 112)
+FRAME = (180, 100)
 """Largest width and height of a patch on the page, CSS pixels; all but panoramas have this height."""
 
 

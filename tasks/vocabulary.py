@@ -135,7 +135,7 @@ def _text_rows(text: str, name: str) -> list[Raw]:
         if section := re.fullmatch(r"\[([a-z]+)\]", line.strip()):
             family = section[1]
         else:
-            rows.append(Raw(line, family, (name,)))
+            rows.append(Raw(line.rstrip("\n"), family, (name,)))
     return rows
 
 

@@ -50,21 +50,23 @@ FOLDERS = {
 SHARD, UNITS = 4, 300
 
 
-def write_images(folder: Path) -> ImageList:
+def write_images(root: Path) -> ImageList:
     """Ten JPEGs of several shapes; every pixel tells which image it is of."""
     sizes = [(320, 240), (240, 320), (100, 100), (640, 80), (30, 40)] * 2
     for i, size in enumerate(sizes):
-        Image.new("RGB", size, (20 * i, 255 - 20 * i, 90)).save(folder / f"{i}.jpg", comment=b"c" * 1000)
-    return image_list([folder / f"{i}.jpg" for i in range(len(sizes))], [IDS[i % 5] + str(i // 5) for i in range(10)])
+        Image.new("RGB", size, (20 * i, 255 - 20 * i, 90)).save(root / f"{i}.jpg", comment=b"c" * 1000)
+    return image_list(root, [root / f"{i}.jpg" for i in range(len(sizes))], [IDS[i % 5] + str(i // 5) for i in range(10)])
 
 
-def image_list(files: list[Path], ids: list[str]) -> ImageList:
+def image_list(root: Path, files: list[Path], ids: list[str]) -> ImageList:
     count, sizes = len(files), [Image.open(file).size for file in files]
     columns = {"image": range(count), "image_id": ids, "uri": [str(file) for file in files]}
     columns |= {name: [None] * count for name in ("offset", "length", "row", "label")}
     columns |= {"width": [w for w, _ in sizes], "height": [h for _, h in sizes], "content": ids}
     columns |= {"split": ["explain"] * count, "status": ["ok"] * count}
-    return ImageList(make_table("images", columns), SHARD, SHARD, 100, {})
+    folder = Folder(StoreSettings(str(root)), "probing", "0" * 16, ("images",))
+    folder.write(0, {"images": make_table("images", columns)})
+    return ImageList(folder, SHARD, SHARD, 100, {})
 
 
 def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[str], patches: int = 10) -> ReportJob:

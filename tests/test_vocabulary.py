@@ -121,9 +121,9 @@ def test_refused(raw, reason):
 
 
 def test_rules_for_language_models_are_stricter():
-    long = "a very long thin curved wooden handle"
+    long = "a very long thin curved dark wooden handle"
     assert concepts_of([Raw(long)]) == [long[2:]]
-    assert clean([Raw(long, prompt_id="level-1")], 6) == ([], {"too many words": 1})  # 6 words after the article
+    assert clean([Raw(long, prompt_id="level-1")], 6) == ([], {"too many words": 1})  # 7 after the article
     assert concepts_of([Raw(long, prompt_id="level-1")], 7) == [long[2:]]
     cut_off = "x" * MAX_LETTERS
     assert clean([Raw(cut_off, prompt_id="level-1")], 6) == ([], {"too long": 1})
@@ -557,6 +557,10 @@ if __name__ == "__main__":
 """
 
 
+# One unpinned thread: pinned ones wait for each other in a loop where other processes use the cores.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def tiny(model: str) -> VocabularySettings:
     """Settings for a model that knows 512 tokens and ends few phrases unless it is hot."""
     engine = {"max_model_len": 1024, "hf_overrides": {"max_position_embeddings": 1024}}
@@ -576,7 +580,7 @@ def test_a_real_language_model(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path), str(LLAMA), str(chatty)],
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=280,
@@ -599,5 +603,5 @@ def check_answers(out: Folder, model: str) -> None:
     assert written, "no phrase of the model was kept"
     for row in written:
         assert row["llm"] == model
-        assert row["concept"] in by_id[row["prompt_id"]]["answer"].lower()
+        assert row["concept"] in " ".join(by_id[row["prompt_id"]]["answer"].lower().split())
         assert set(row["sources"]) <= {*by_id, "tench, Tinca tinca", "hen"}

@@ -1,0 +1,91 @@
+"""Drawn images for tests, and a finished chain of stages over them in this process."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tasks.activations import ActivationsJob, ActivationsSettings, ActivationsWorker
+from tasks.exemplars import ExemplarsJob, ExemplarsWorker
+from tasks.forward import describe
+from tasks.images import ImageList
+from tasks.layers import LayersSettings, unit_blocks
+from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images
+from tasks.store import Folder, StoreSettings
+from tasks.tables import make_table
+from tasks.target import TargetSettings
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+NO_DATA = "the shared test data (photos and weights that may not be redistributed) is not here"
+COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
+
+
+def draw(number: int) -> Image.Image:
+    """Photo-like picture `number`: noise, a coloured shape, one of a few sizes."""
+    rng = np.random.default_rng(number)
+    width, height = [(96, 64), (120, 80), (64, 96), (80, 80)][number % 4]
+    noise = rng.normal(110, 30, (height, width, 3)).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(noise)
+    x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
+    colour = list(COLOURS.values())[number % len(COLOURS)]
+    shape = ImageDraw.Draw(image).ellipse if number % 2 else ImageDraw.Draw(image).rectangle
+    shape([int(x), int(y), int(x) + width // 3, int(y) + height // 3], fill=colour)
+    return image
+
+
+def draw_folder(folder: Path, count: int) -> Path:
+    """`count` drawn PNG files in class folders by colour, one more that is no image, and one exact duplicate."""
+    for number in range(count):
+        place = folder / list(COLOURS)[number % len(COLOURS)]
+        place.mkdir(parents=True, exist_ok=True)
+        draw(number).save(place / f"{number:04d}.png")
+    (folder / "red" / "broken.png").write_bytes(b"not an image")
+    (folder / "red" / "copy.png").write_bytes((folder / "red" / "0000.png").read_bytes())
+    return folder
+
+
+def probe(root: Path, settings: ProbingSettings) -> ImageList:
+    """Listing and images tables of a probing dataset."""
+    store, rows = StoreSettings(str(root)), list_images(settings)[0]
+    listing = Folder(store, "listing", "x", ("listing",))
+    listing.write(0, {"listing": make_table("listing", {c: [row[c] for row in rows] for c in rows[0]})})
+    images = Folder(store, "probing", "x", ("images",))
+    worker = ProbingWorker(ProbingJob(images, listing, settings))
+    for part in range(-(-len(rows) // settings.shard_size)):
+        worker.run(part)
+    return ImageList(images, settings.shard_size, settings.batch_size, settings.pooled_max, settings.options)
+
+
+def random_embeddings(root: Path, images: ImageList, width: int = 8) -> Folder:
+    """Image embeddings that are random but fixed by the image's content."""
+    folder = Folder(StoreSettings(str(root)), "image_embeddings", "x", ("image_embeddings",))
+    vectors = np.array([np.random.default_rng(int(c[:8], 16)).normal(size=width) for c in images.column("content")])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for part in range(images.num_shards):
+        rows = np.array(images.shard(part))
+        table = make_table("image_embeddings", {"image": rows, "embedding": vectors[rows].astype(np.float16)})
+        folder.write(part, {"image_embeddings": table})
+    return folder
+
+
+def collect(
+    root: Path,
+    images: ImageList,
+    target: TargetSettings,
+    layers: LayersSettings,
+    k: int = 10,
+    unit_block: int = 7,
+) -> tuple[ActivationsJob, ExemplarsJob]:
+    """Activations and exemplars of a target model over a probed dataset."""
+    store, found = StoreSettings(str(root)), describe(target, layers).layers
+    blocks = unit_blocks(found, unit_block)
+    out = Folder(store, "activations", "x", ("candidates", "stats", "pooled"))
+    embeddings, settings = random_embeddings(root, images), ActivationsSettings(k)
+    job = ActivationsJob(out, images, embeddings, target, "float32", found, blocks, layers.pool, settings, 1)
+    worker = ActivationsWorker(job)
+    for part in range(images.num_shards):
+        worker.run(part)
+    merged = ExemplarsJob(Folder(store, "exemplars", "x", ("exemplars", "unit_stats")), images, out, blocks, k)
+    for part in range(len(blocks)):
+        ExemplarsWorker(merged).run(part)
+    return job, merged

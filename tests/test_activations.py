@@ -1,0 +1,149 @@
+"""Activations and exemplars equal a slow, obvious reference: unit by unit, rank by rank, on drawn images and on photos."""
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.forward import HookedTarget
+from tasks.layers import LayersSettings
+from tasks.moments import EDGES
+from tasks.probing import ProbingSettings
+from tasks.store import hash64
+from tasks.tables import matrix
+from tasks.target import TargetSettings
+from tests import samples
+
+PLANTED = TargetSettings("factory", "tests/models.py:planted", preprocess={"size": [64, 96], "resize_to": [64, 96]})
+CNN = TargetSettings("factory", "tests/models.py:random_cnn", preprocess={"size": [64, 64], "resize_to": [64, 64]})
+TOKENS = TargetSettings("factory", "tests/models.py:tokens", preprocess={"size": [64, 96], "resize_to": [64, 96]})
+
+
+def dense(job, images):
+    """Every layer's maps as one array per layer [N, U, P], by running the same batches and keeping everything."""
+    maps = {layer.name: [] for layer in job.layers}
+    prefix = {layer.name: [] for layer in job.layers}
+    target = HookedTarget(job.target, job.layers, "float32", torch.device("cpu"))
+    batches = [b for part in range(images.num_shards) for b in images.shard_batches(part)]
+    sizes = iter([len(b) for b in batches for _ in job.layers])
+
+    def keep(layer, output):
+        size = next(sizes)
+        maps[layer.name].append(layer.maps(output)[:size].numpy().copy())
+        if layer.prefix:
+            prefix[layer.name].append(layer.prefix_maps(output)[:size].numpy().copy())
+
+    target.run(images, batches, keep, lambda _: None)
+    return {n: np.concatenate(m) for n, m in maps.items()}, {n: np.concatenate(p) for n, p in prefix.items() if p}
+
+
+def check_against_reference(job, merged, images, k):
+    maps, prefix = dense(job, images)
+    explain = np.flatnonzero(images.split == "explain")
+    known = np.flatnonzero(images.ok)
+    order = {int(i): hash64(images.ids[i]) for i in range(len(images))}
+    vectors = matrix(job.image_embeddings.read_all("image_embeddings")["embedding"]).astype(np.float64)
+    exemplars = merged.out.read_all("exemplars").to_pylist()
+    found = {}
+    for row in exemplars:
+        found.setdefault((row["layer"], row["unit"], row["tail"]), []).append(row)
+    stats = {(r["layer"], r["unit"]): r for r in merged.out.read_all("unit_stats").to_pylist()}
+    assert len(stats) == sum(layer.num_units for layer in job.layers)
+    for layer in job.layers:
+        for unit in range(layer.num_units):
+            m = maps[layer.name][:, unit]
+            value = m.max(1)
+            best = sorted(explain, key=lambda i: (-value[i], order[int(i)]))[:k]
+            rows = sorted(found[layer.name, unit, "top"], key=lambda r: r["rank"])
+            assert [r["image"] for r in rows] == best
+            assert [r["activation"] for r in rows] == [value[i] for i in best]
+            assert [r["position"] for r in rows] == [int(m[i].argmax()) for i in best]
+            assert [r["image_id"] for r in rows] == [images.ids[i] for i in best]
+            low = m.min(1)
+            worst = sorted((i for i in explain if low[i] < 0), key=lambda i: (low[i], order[int(i)]))[:k]
+            rows = sorted(found.get((layer.name, unit, "bottom"), []), key=lambda r: r["rank"])
+            assert [r["image"] for r in rows] == worst
+            assert [r["position"] for r in rows] == [int(m[i].argmin()) for i in worst]
+            s = stats[layer.name, unit]
+            assert s["count"] == len(known)
+            np.testing.assert_allclose(s["mean"], value[known].astype(np.float64).mean(), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(s["std"], value[known].astype(np.float64).std(), rtol=1e-6, atol=1e-9)
+            assert (s["minimum"], s["maximum"], s["low"]) == (value[known].min(), value[known].max(), m[known].min())
+            assert s["histogram"] == _histogram(value[known])
+            weights = value[explain].astype(np.float64)
+            np.testing.assert_allclose(s["embedding_sum"], weights @ vectors[explain], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(s["embedding_sum_cubed"], weights**3 @ vectors[explain], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(s["sum_cubed"], (weights**3).sum(), rtol=1e-5, atol=1e-6)
+            if layer.prefix:
+                assert s["prefix_maximum"] == prefix[layer.name][known, unit].max()
+            else:
+                assert s["prefix_maximum"] is None
+
+
+def _histogram(values):
+    index = np.where(values < 0, np.searchsorted(EDGES, values) - 1, np.searchsorted(EDGES, values, side="right") - 1)
+    return np.bincount(index, minlength=len(EDGES) - 1).tolist()
+
+
+def check_pooled(job, images):
+    maps, _ = dense(job, images)
+    stored = np.flatnonzero(images.stored)
+    rows = {}
+    for part in range(images.num_shards):
+        for row in job.out.read("pooled", part).to_pylist():
+            values = rows.setdefault((row["layer"], row["unit"]), [])
+            values += [v * row["scale"] for v in row["activation"]]
+    for layer in job.layers:
+        for unit in range(layer.num_units):
+            expected = maps[layer.name][stored, unit].max(1)
+            np.testing.assert_allclose(rows[layer.name, unit], expected, rtol=1e-3, atol=np.abs(expected).max() / 1000)
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [(PLANTED, ["conv", "relu", "logits"]), (CNN, ["conv", "4", "logits"]), (TOKENS, ["proj", "block"])],
+    ids=["planted", "cnn", "tokens"],
+)
+def test_drawn_images_equal_reference(tmp_path, target, names):
+    """Ties, dead, constant and all-negative units, an unreadable image, a duplicate, a last batch that is not full."""
+    folder = samples.draw_folder(tmp_path / "photos", 45)
+    images = samples.probe(tmp_path, ProbingSettings(str(folder), shard_size=16, batch_size=8, max_skipped=1))
+    job, merged = samples.collect(tmp_path, images, target, LayersSettings(names))
+    check_against_reference(job, merged, images, 10)
+    check_pooled(job, images)
+
+
+@pytest.mark.skipif(not samples.DATA.exists(), reason=samples.NO_DATA)
+def test_photos_equal_reference(tmp_path):
+    """A real ViT on real photos: 9,216 MLP units would take the reference minutes, so two layers of them."""
+    target = TargetSettings(
+        "timm", "vit_tiny_patch16_224", checkpoint=str(samples.DATA / "vit_tiny_in1k/vit_tiny_patch16_224_fp16.pt")
+    )
+    settings = ProbingSettings(str(samples.DATA / "imagenette160" / "val"), shard_size=96, batch_size=32)
+    images = samples.probe(tmp_path, settings)
+    layers = LayersSettings(["blocks.2.mlp.act", "blocks.11.mlp.act"])
+    job, merged = samples.collect(tmp_path, images, target, layers, k=20, unit_block=500)
+    check_against_reference(job, merged, images, 20)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_other_pools(tmp_path, pool):
+    folder = samples.draw_folder(tmp_path / "photos", 20)
+    images = samples.probe(tmp_path, ProbingSettings(str(folder), shard_size=16, batch_size=8, max_skipped=1))
+    job, merged = samples.collect(tmp_path, images, TOKENS, LayersSettings(["block"], pool))
+    maps, prefix = dense(job, images)
+    value = maps["block"].mean(2) if pool == "mean" else prefix["block"][:, :, 0]
+    rows = [r for r in merged.out.read_all("exemplars").to_pylist() if r["tail"] == "top"]
+    assert len(rows) == 4 * min(10, int((images.split == "explain").sum()))
+    for row in rows:
+        assert row["activation"] == pytest.approx(value[row["image"], row["unit"]], rel=1e-5, abs=1e-6)
+
+
+def test_nonfinite_activations_are_counted_and_left_out(tmp_path, monkeypatch):
+    folder = samples.draw_folder(tmp_path / "photos", 20)
+    images = samples.probe(tmp_path, ProbingSettings(str(folder), shard_size=16, batch_size=8, max_skipped=1))
+    target = TargetSettings("factory", "tests/models.py:overflowing", preprocess=PLANTED.preprocess)
+    _, merged = samples.collect(tmp_path, images, target, LayersSettings(["conv"]))
+    stats = merged.out.read_all("unit_stats").to_pylist()
+    assert stats[0]["nonfinite"] > 0
+    assert stats[0]["nonfinite"] + stats[0]["count"] == images.ok.sum()
+    assert all(np.isfinite(row["activation"]) for row in merged.out.read_all("exemplars").to_pylist())
