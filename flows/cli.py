@@ -19,7 +19,11 @@ FLOWS = {
 def overview() -> str:
     width = max(map(len, FLOWS))
     lines = [f"  {name:<{width}}  {what}\n  {'':<{width}}    {example}" for name, (what, example) in FLOWS.items()]
-    return "axonym names the neurons of vision models.\n\n" + "\n".join(lines) + "\n\nGroups and keys: see conf/ and README.md"
+    return (
+        "axonym names the neurons of vision models.\n\n"
+        + "\n".join(lines)
+        + "\n\nGroups and keys: see conf/ and README.md"
+    )
 
 
 def run_flow(flow: Callable[[list[str]], int], arguments: list[str]) -> int:

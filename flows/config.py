@@ -87,7 +87,7 @@ def compose(overrides: list[str]) -> Config:
             found = hydra_compose("config", overrides=checked)
         config = OmegaConf.to_object(found)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
     return config
 
@@ -104,7 +104,7 @@ def multirun(overrides: list[str]) -> list[list[str]]:
             values = override.sweep_string_iterator() if swept else [override.get_value_string()]
             choices.append([f"{override.get_key_element()}={value}" for value in values])
     except OverrideParseException as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(_one_line(error, overrides)) from None
     return [list(job) for job in itertools.product(*choices)]
 
 
@@ -127,23 +127,26 @@ def _check(override: str) -> str:
         if value not in allowed and not (key == "experiment" and value == "null"):
             raise ValueError(f"{key}={value}: unknown; allowed are {', '.join(allowed)}")
         return override
-    inside_dict = _walk(key)
-    if key in TEXTS and not value[:1] in "'\"" and value not in ("null", ""):
+    kind = _walk(key)
+    if key in TEXTS and value[:1] not in "'\"" and value not in ("null", ""):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return f"{'++' if inside_dict else ''}{key}={value}"
+    stage = re.fullmatch(r"(cluster\.stages\.\w+)\.(\w+)", key)  # OmegaConf makes no dataclass inside a dict by itself
+    if stage:
+        return f"++{stage[1]}={{{stage[2]}:{value}}}"
+    free = kind is Any or get_origin(kind) is dict  # Hydra adds keys to a free dict only when told to
+    return f"{'++' if free else ''}{key}={value}"
 
 
-def _walk(key: str) -> bool:
-    """Whether the key points into a free dict. Raises ValueError where no field of that name exists."""
+def _walk(key: str) -> Any:
+    """Type of the key's value; Any inside a free dict. Raises ValueError where no field of that name exists."""
     kind: Any = Config
     steps = key.split(".")
     for depth, step in enumerate(steps):
         if get_origin(kind) is dict:
-            inner = get_args(kind)[1]
-            if not dataclasses.is_dataclass(inner):
-                return True
-            kind = inner
+            kind = get_args(kind)[1]
             continue
+        if kind is Any:
+            return Any
         names = {f.name: f.type for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         if step not in names:
             place = ".".join(steps[: depth + 1])
@@ -152,18 +155,26 @@ def _walk(key: str) -> bool:
             allowed = f"allowed are {', '.join(names)}" if names else f"{'.'.join(steps[:depth])} takes a value"
             raise ValueError(f"{place}: unknown key{hint}; {allowed}")
         kind = names[step]
-    return "stages" in steps
+    return kind
 
 
-def _one_line(error: BaseException) -> str:
-    """Key, value and reason from Hydra's or OmegaConf's own message."""
+def _one_line(error: BaseException, overrides: list[str]) -> str:
+    """Key, value, what is expected and the reason, from Hydra's or OmegaConf's own exception."""
+    chain: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and not getattr(cause, "full_key", None):
+    while cause is not None:
+        chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return " ".join(str(error).split())
-    lines = str(cause).splitlines()
-    return f"{cause.full_key}: {lines[0]}"
+    for found in chain:
+        if getattr(found, "override", None):
+            return f"{str(found.override).lstrip('+')}: {str(found).splitlines()[0]}"
+        key = getattr(found, "full_key", None)
+        if key:
+            given = next((o for o in overrides if o.lstrip("+").startswith(f"{key}=")), key)
+            kind = _walk(key)
+            reason = str(found).splitlines()[0]
+            return f"{given.lstrip('+')}: expected {getattr(kind, '__name__', kind)}: {reason}"
+    return " ".join(str(error).split())
 
 
 def flow_arguments(arguments: list[str], own: dict[str, type]) -> tuple[dict[str, Any], list[str]]:

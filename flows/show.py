@@ -4,17 +4,25 @@ In: a run, a layer and a unit. Out: what the stored tables say about it: name, s
 """
 
 import difflib
+import sys
 from typing import Any
 
 import pyarrow.compute as pc
 
-from flows.run import Run
+from flows.config import compose, flow_arguments
+from flows.run import Run, load_run
 from tasks.store import Folder
 
 EXEMPLARS = 10
 """Exemplars listed, strongest first."""
 BAR = 20
 """Characters of a full bar."""
+
+
+def main(arguments: list[str]) -> int:
+    own, overrides = flow_arguments(arguments, {"run": str, "layer": str, "unit": int})
+    print(show(load_run(compose(overrides).store, own["run"]), own["layer"], own["unit"]), end="")
+    return 0
 
 
 def show(run: Run, layer: str, unit: int) -> str:
@@ -99,3 +107,9 @@ def _exemplars(run: Run, part: int, unit: int) -> list[str]:
 def _patches(folder: Folder, part: int, unit: int) -> list[dict[str, Any]]:
     patches = folder.read_all("patches", group=part)  # row groups are unit blocks
     return patches.filter((pc.field("unit") == unit) & (pc.field("tail") == "top")).to_pylist()
+
+
+if __name__ == "__main__":
+    from flows.cli import run_flow
+
+    sys.exit(run_flow(main, sys.argv[1:]))

@@ -4,6 +4,7 @@ In: a stage's folder, the import path of its worker, its job and the number of p
 line of statistics; StageFailed with the parts that could not be made. The only file that knows Ray.
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -12,7 +13,9 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -76,27 +79,44 @@ class Work:
     items: int
     """What the progress bar counts: images, units or concepts."""
     unit: str
+    alone: bool = False
+    """The stage's workers share nothing with other stages and are gone when it ends (a vLLM engine and its GPU)."""
 
 
 class Host:
-    """Holds a worker in its process, Ray actor or not, and turns every exception into a report."""
+    """Holds a worker in its process, Ray actor or not, and turns every exception into a report.
 
-    def __init__(self, worker: str, job: Any) -> None:
+    One host serves stage after stage, so that Python's imports are paid once per process and not once per stage.
+    """
+
+    def prepare(self, worker: str, job: Any) -> None:
+        """Take up another stage; the worker itself is made with its first part, so that its failure is a report too."""
         self.path, self.job, self.worker = worker, job, None
+        gc.collect()
+        with suppress(OSError):  # Linux: count the peak of memory anew
+            Path("/proc/self/clear_refs").write_text("5")
 
     def run(self, part: int) -> PartReport:
         try:
-            if self.worker is None:  # here and not in the constructor, so that a failure is a report too
+            if self.worker is None:
                 module, _, name = self.path.partition(":")
                 self.worker = getattr(importlib.import_module(module), name)(self.job)
             report = self.worker.run(part)
-            report.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            report.peak_mib = _peak_mib()
             out = self.job.out
             out.store.put_json(f"{out.name}/stats/part-{part:05d}.json", asdict(report))
             return report
         except Exception as error:
             log.exception("%s part %d failed", self.path, part)
             return PartReport(part, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+
+def _peak_mib() -> int:
+    """Peak of the resident memory since the stage began; since the process began where Linux does not tell."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def run_stage(work: Work, cluster: ClusterSettings) -> bool:
@@ -138,9 +158,14 @@ def summary(work: Work, reports: list[PartReport], wall: float) -> str:
 
 
 def _run_here(work: Work, parts: list[int], cluster: ClusterSettings) -> Iterator[PartReport]:
-    host = Host(work.worker, work.job)
+    host = Host()
+    host.prepare(work.worker, work.job)
     for part in parts:
         yield host.run(part)
+
+
+IDLE: list[tuple[Resources, Any]] = []
+"""Ray hosts that wait for the next stage, with the resources that they hold."""
 
 
 def _run_on_ray(work: Work, parts: list[int], cluster: ClusterSettings) -> Iterator[PartReport]:
@@ -150,24 +175,21 @@ def _run_on_ray(work: Work, parts: list[int], cluster: ClusterSettings) -> Itera
 
     start_ray(cluster)
     need = cluster.resources(work.folder.stage)
-    options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory, "max_restarts": 0}
-    actor_class = ray.remote(Host).options(**options)
     waiting, tries, running = deque(parts), Counter(), {}
+    job = ray.put(work.job)
 
     def give(actor: Any) -> None:
-        if waiting:
-            part = waiting.popleft()
-            running[actor.run.remote(part)] = (actor, part)
-        else:
-            ray.kill(actor)
+        part = waiting.popleft()
+        running[actor.run.remote(part)] = (actor, part)
 
+    release_hosts(keep=None if work.alone else need)
     for _ in range(min(len(parts), need.workers or _fitting(need))):
-        give(actor_class.remote(work.worker, work.job))
+        give(_host(need, work.worker, job))
     while running:
         for ref in ray.wait(list(running), num_returns=1)[0]:
             actor, part = running.pop(ref)
             try:
-                report = ray.get(ref)
+                yield ray.get(ref)
             except RayActorError as error:
                 tries[part] += 1
                 log.warning("%s part %d: its worker died (%s)", work.folder.stage, part, type(error).__name__)
@@ -175,10 +197,36 @@ def _run_on_ray(work: Work, parts: list[int], cluster: ClusterSettings) -> Itera
                     waiting.append(part)
                 else:
                     yield PartReport(part, error=f"its worker died {tries[part]} times: {str(error).splitlines()[0]}")
-                actor = actor_class.remote(work.worker, work.job)
-            else:
-                yield report
-            give(actor)
+                actor = _host(need, work.worker, job) if waiting else None
+            if waiting:
+                give(actor)
+            elif actor is not None:
+                IDLE.append((need, actor))
+    if work.alone:
+        release_hosts(keep=None)
+
+
+def _host(need: Resources, worker: str, job: Any) -> Any:
+    """An idle host of these resources, or a new one, prepared for the stage."""
+    import ray
+
+    if IDLE:
+        actor = IDLE.pop()[1]
+    else:
+        options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory, "max_restarts": 0}
+        actor = ray.remote(Host).options(**options).remote()
+    actor.prepare.remote(worker, job)
+    return actor
+
+
+def release_hosts(keep: Resources | None) -> None:
+    """End the idle hosts that hold other resources than `keep`."""
+    import ray
+
+    for need, actor in IDLE[:]:
+        if need != keep:
+            ray.kill(actor)
+            IDLE.remove((need, actor))
 
 
 def start_ray(cluster: ClusterSettings) -> None:

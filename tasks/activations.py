@@ -88,7 +88,9 @@ class LayerState:
             maps = maps_BUP[batch.sampled].float()
             count_bins(self.position_histogram, maps, torch.ones(maps.shape[:2], dtype=torch.bool, device=maps.device))
 
-    def _extreme(self, running: torch.Tensor, values_BU: torch.Tensor, batch: "Batch", pick: Any, neutral: float) -> None:
+    def _extreme(
+        self, running: torch.Tensor, values_BU: torch.Tensor, batch: "Batch", pick: Any, neutral: float
+    ) -> None:
         keep = batch.valid[:, None] & values_BU.isfinite()
         reduced = torch.where(keep, values_BU, neutral)
         running.copy_(pick(running, reduced.amax(0) if neutral < 0 else reduced.amin(0)))
@@ -154,7 +156,9 @@ class ActivationsWorker:
         report = PartReport(part)
         with report.phase("read"):
             first = self.images.shard(part).start
-            embeddings_ND = matrix(self.job.image_embeddings.read("image_embeddings", part)["embedding"]).astype(np.float32)
+            embeddings_ND = matrix(self.job.image_embeddings.read("image_embeddings", part)["embedding"]).astype(
+                np.float32
+            )
         with report.phase("compute"):
             width = embeddings_ND.shape[1]
             k, pool = self.job.settings.k, self.job.pool
@@ -271,8 +275,9 @@ def _stats(state: LayerState, block: Block, units: slice) -> pa.Table:
 
 def _pooled(state: LayerState, block: Block, units: slice) -> pa.Table:
     values_US = torch.cat(state.pooled)[:, units].T.contiguous().numpy()
-    scale = np.abs(values_US).max(1, initial=0) / 1024  # float16 is exact to 1/2048 of the unit's largest value
-    scale = np.where(scale > 0, scale, 1).astype(np.float32)
+    # A power of two: float16 keeps the same 11 bits of a value whatever the scale, so its shard leaves no trace.
+    _, exponent = np.frexp(np.abs(values_US).max(1, initial=0))
+    scale = np.ldexp(np.float32(1), exponent - 11).astype(np.float32)
     stored = (values_US / scale[:, None]).astype(np.float16)
     columns = {"layer": [block.layer] * len(block), "unit": np.arange(block.start, block.stop)}
     return make_table("pooled", columns | {"scale": scale, "activation": stored})

@@ -56,7 +56,10 @@ def load_clip_model(settings: ClipSettings, key: str = "clip", check_pretrained:
         folder, options = os.path.abspath(settings.name), {}
         config = _folder_config(folder, key)
         if "hf_model_name" in config["model_cfg"].get("text_cfg", {}):
-            options["text_cfg"] = config["model_cfg"]["text_cfg"] | {"hf_model_name": folder, "hf_tokenizer_name": folder}
+            options["text_cfg"] = config["model_cfg"]["text_cfg"] | {
+                "hf_model_name": folder,
+                "hf_tokenizer_name": folder,
+            }
         name, pretrained = f"local-dir:{folder}", None
     else:
         name, pretrained, options = settings.name, settings.pretrained, {}
@@ -66,11 +69,15 @@ def load_clip_model(settings: ClipSettings, key: str = "clip", check_pretrained:
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{key}.name={settings.name} {key}.pretrained={pretrained}: cannot be loaded: {reason}") from None
+        raise ValueError(
+            f"{key}.name={settings.name} {key}.pretrained={pretrained}: cannot be loaded: {reason}"
+        ) from None
     own = open_clip.get_model_preprocess_cfg(model)
     size = own["size"] if isinstance(own["size"], tuple | list) else (own["size"], own["size"])
     resize = {"shortest": "cover", "longest": "contain", "squash": "squash"}[own.get("resize_mode", "shortest")]
-    preprocess = Preprocess(tuple(size), tuple(size), resize, own["interpolation"], tuple(own["mean"]), tuple(own["std"]))
+    preprocess = Preprocess(
+        tuple(size), tuple(size), resize, own["interpolation"], tuple(own["mean"]), tuple(own["std"])
+    )
     return LoadedClip(model.eval().requires_grad_(False), preprocess, tokenizer)
 
 
@@ -95,7 +102,9 @@ def _check_name(name: str, pretrained: str | None, key: str, check_pretrained: b
         return
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.3)
-        raise ValueError(f"{key}.name={name}: unknown; allowed are a local folder or open_clip's models, such as {', '.join(near)}")
+        raise ValueError(
+            f"{key}.name={name}: unknown; allowed are a local folder or open_clip's models, such as {', '.join(near)}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if check_pretrained and pretrained not in tags and not os.path.isfile(pretrained or ""):
         raise ValueError(f"{key}.pretrained={pretrained}: unknown for {name}; allowed are a file, {', '.join(tags)}")

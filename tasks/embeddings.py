@@ -103,7 +103,9 @@ class ConceptEmbeddingsWorker:
             concepts = concepts.slice(part * CONCEPTS_PER_PART, CONCEPTS_PER_PART)
         with report.phase("compute"):
             vectors = self.clip.concepts(concepts["concept"].to_pylist())
-        table = make_table("concept_embeddings", {"concept_id": concepts["concept_id"].to_pylist(), "embedding": vectors})
+        table = make_table(
+            "concept_embeddings", {"concept_id": concepts["concept_id"].to_pylist(), "embedding": vectors}
+        )
         with report.phase("write"):
             self.job.out.write(part, {"concept_embeddings": table})
         report.rows = {"concept_embeddings": table.num_rows}

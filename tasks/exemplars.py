@@ -12,7 +12,7 @@ import torch
 
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.moments import quantile, order_keys
+from tasks.moments import order_keys, quantile
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
@@ -43,7 +43,10 @@ class ExemplarsWorker:
             stats = [job.activations.read("stats", s, group=part) for s in shards]
         with report.phase("compute"):
             exemplars = pa.concat_tables(
-                [merge_candidates([_tail(c, tail) for c in candidates], tail, job.k, job.images) for tail in ("top", "bottom")]
+                [
+                    merge_candidates([_tail(c, tail) for c in candidates], tail, job.k, job.images)
+                    for tail in ("top", "bottom")
+                ]
             )
             written = {"exemplars": exemplars, "unit_stats": merge_stats(stats, block)}
         with report.phase("write"):
@@ -73,7 +76,9 @@ def merge_candidates(shards: list[pa.Table], tail: str, k: int, images: ImageLis
     columns = {"unit": unit, "rank": rank, "image": image, "activation": activation, "position": position}
     columns = {name: values[keep] for name, values in columns.items()}
     layer = [rows["layer"][0].as_py()] * int(keep.sum()) if rows.num_rows else []
-    return make_table("exemplars", columns | {"layer": layer, "tail": [tail] * len(layer), "image_id": images.ids[columns["image"]]})
+    return make_table(
+        "exemplars", columns | {"layer": layer, "tail": [tail] * len(layer), "image_id": images.ids[columns["image"]]}
+    )
 
 
 def merge_stats(shards: list[pa.Table], block: Block) -> pa.Table:
@@ -91,7 +96,10 @@ def merge_stats(shards: list[pa.Table], block: Block) -> pa.Table:
         merged_m2 = merged_m2 + m2[shard] + delta**2 * merged_count * share
         merged_mean = merged_mean + delta * share
         merged_count = total
-    columns = {name: sum(matrix(s[name]).astype(np.float64) for s in shards) for name in ("embedding_sum", "embedding_sum_cubed")}
+    columns = {
+        name: sum(matrix(s[name]).astype(np.float64) for s in shards)
+        for name in ("embedding_sum", "embedding_sum_cubed")
+    }
     columns |= {name: stack(name).sum(0) for name in ("nonfinite", "explain_count", "sum", "sum_cubed")}
     columns |= {"minimum": stack("minimum").min(0), "maximum": stack("maximum").max(0), "low": stack("low").min(0)}
     has_prefix = shards[0]["prefix_maximum"].null_count == 0

@@ -36,7 +36,9 @@ class ImageEmbeddingsWorker:
             for numbers, pixels in zip(batches, self.images.batches(batches, self.clip.preprocess), strict=True):
                 vectors.append(self.clip.images(pixels)[: len(numbers)] * self.images.ok[numbers][:, None])
         numbers = np.array(self.images.shard(part))
-        table = make_table("image_embeddings", {"image": numbers, "embedding": np.concatenate(vectors).astype(np.float16)})
+        table = make_table(
+            "image_embeddings", {"image": numbers, "embedding": np.concatenate(vectors).astype(np.float16)}
+        )
         with report.phase("write"):
             self.job.out.write(part, {"image_embeddings": table})
         report.rows = {"image_embeddings": table.num_rows}

@@ -18,7 +18,9 @@ from tasks.pixels import Preprocess
 
 POOLS = ("max", "mean", "cls")
 DRY_BATCH = 2
-BLOCK = re.compile(r"(Block|BlockV2|Bottleneck|BasicBlock|InvertedResidual|DepthwiseSeparableConv|EncoderLayer|MBConv)\d?[a-z]?$")
+BLOCK = re.compile(
+    r"(Block|BlockV2|Bottleneck|BasicBlock|InvertedResidual|DepthwiseSeparableConv|EncoderLayer|MBConv)\d?[a-z]?$"
+)
 ACTIVATION = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, nn.ELU, nn.PReLU, nn.Mish, nn.Tanh)
 
 
@@ -104,8 +106,10 @@ class _Axes(TorchFunctionMode):
     layout of another output of the same class of module.
     """
 
-    FIRST = frozenset("conv2d conv_transpose2d batch_norm group_norm max_pool2d avg_pool2d adaptive_avg_pool2d interpolate".split())
-    LAST = frozenset("linear layer_norm rms_norm".split())
+    FIRST = frozenset(
+        ["conv2d", "conv_transpose2d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"]
+    )
+    LAST = frozenset(["linear", "layer_norm", "rms_norm"])
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +154,9 @@ class _Call:
     """How many grids had been seen when the module returned."""
 
 
-def find_layers(model: nn.Module, preprocess: Preprocess, settings: LayersSettings, prefix: int | None = None) -> list[Layer]:
+def find_layers(
+    model: nn.Module, preprocess: Preprocess, settings: LayersSettings, prefix: int | None = None
+) -> list[Layer]:
     """The chosen layers in forward order.
 
     Raises ValueError naming layers.names where an entry matches nothing, or a chosen module's output cannot be read as
@@ -183,7 +189,9 @@ def find_layers(model: nn.Module, preprocess: Preprocess, settings: LayersSettin
     layers = [layer for layer in layers if layer is not None]
     for entry, names in _matches(model, calls, output, settings.names):
         if not names & {layer.name for layer in layers}:
-            raise ValueError(f"layers.names={entry}: no match has an output of known layout ([B,C,H,W], [B,H,W,C], [B,N,C], [B,C])")
+            raise ValueError(
+                f"layers.names={entry}: no match has an output of known layout ([B,C,H,W], [B,H,W,C], [B,N,C], [B,C])"
+            )
     return layers
 
 
@@ -192,10 +200,14 @@ def _choose(model: nn.Module, calls: list[_Call], output: Any, entries: list[str
     for entry, names in _matches(model, calls, output, entries):
         once = {n for n in names if ran.count(n) == 1}
         if names and not once:
-            raise ValueError(f"layers.names={entry}: {min(names)} runs more than once per image; choose the modules around it")
+            raise ValueError(
+                f"layers.names={entry}: {min(names)} runs more than once per image; choose the modules around it"
+            )
         if not once:
             known = ", ".join(ran[:: max(1, len(ran) // 8)])
-            raise ValueError(f"layers.names={entry}: matches no module; allowed are {', '.join(PRESETS)} and globs such as {known}")
+            raise ValueError(
+                f"layers.names={entry}: matches no module; allowed are {', '.join(PRESETS)} and globs such as {known}"
+            )
         chosen |= once
     return chosen
 
@@ -226,7 +238,9 @@ def _layer(
         return Layer(call.name, x.shape[1], "vector")
     if x.ndim == 4:
         if layout is None:
-            raise ValueError(f"layers.names: cannot tell the channels of {call.name} from the model; choose the modules inside")
+            raise ValueError(
+                f"layers.names: cannot tell the channels of {call.name} from the model; choose the modules inside"
+            )
         grid = x.shape[2:] if layout == "chw" else x.shape[1:3]
         layer = Layer(call.name, x.shape[1] if layout == "chw" else x.shape[3], layout, (int(grid[0]), int(grid[1])))
     else:
@@ -260,7 +274,9 @@ def _mlp(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
     names = set()
     for path, parent in model.named_modules():
         children = list(parent.named_children())
-        kinds = [isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)) for _, m in children]
+        kinds = [
+            isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)) for _, m in children
+        ]
         for i, (name, child) in enumerate(children):
             is_activation = isinstance(child, ACTIVATION) or "GELU" in type(child).__name__
             if not (is_activation and any(kinds[:i]) and any(kinds[i + 1 :])):
@@ -278,7 +294,12 @@ def _residual(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{n}.") for n in names)
-        if name and BLOCK.search(type(module).__name__) and not inside and not isinstance(module, nn.Sequential | nn.ModuleList):
+        if (
+            name
+            and BLOCK.search(type(module).__name__)
+            and not inside
+            and not isinstance(module, nn.Sequential | nn.ModuleList)
+        ):
             names.append(name)
     return set(names)
 

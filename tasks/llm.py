@@ -44,6 +44,8 @@ MAX_LETTERS = 64
 """Characters of the longest phrase that a model can write; one of that length has been cut."""
 ENGINE: dict[str, Any] = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 """Where the schema allows white space, a weak model writes nothing else until its tokens are used up."""
+MAX_CLASS_NAME = 200
+"""Characters of a class name in a prompt: one endless label must not break the whole batch."""
 CPU_ENGINE: dict[str, Any] = {"kv_cache_memory_bytes": 64 * 2**20, "enforce_eager": True}
 """Without a cache size vLLM asks a CPU machine for 92 % of its memory and fails where others use it too."""
 
@@ -88,15 +90,17 @@ def check_llm(settings: "VocabularySettings") -> None:
 
 
 def ask(settings: "VocabularySettings", class_names: Iterable[str]) -> list[Answer]:
-    """Every prompt with its answer, parsed. ValueError where too many answers are malformed."""
+    """Every prompt with its answer, parsed."""
     prompts = build_prompts(settings, class_names)
-    said = generate(settings, prompts)
+    return read_answers(settings, prompts, generate(settings, prompts))
+
+
+def read_answers(settings: "VocabularySettings", prompts: list[Prompt], said: list[tuple[str, int]]) -> list[Answer]:
+    """Parsed answers. ValueError where too many are malformed."""
     answers = [Answer(p, text, n, *parse_answer(text)) for p, (text, n) in zip(prompts, said, strict=True)]
     bad = [answer.text for answer in answers if answer.status == "malformed"]
     if len(bad) > settings.max_skipped * len(answers):
-        share = (
-            f"{len(bad)} of {len(answers)} answers are malformed, above vocabulary.max_skipped={settings.max_skipped}"
-        )
+        share = f"{len(bad)} of {len(answers)} answers are malformed, above max_skipped={settings.max_skipped}"
         raise ValueError(f"vocabulary.model={settings.model}: {share}; the first begins {bad[0][:80]!r}")
     return answers
 
@@ -121,7 +125,7 @@ def build_prompts(settings: "VocabularySettings", class_names: Iterable[str]) ->
         prompts.append(Prompt(prompt_id, text, level, (prompt_id,)))
     for name in dict.fromkeys(class_names) if settings.per_class else ():
         # One line: a name with line breaks would read as further instructions.
-        prompt_id, text = _fill("class", shared | {"class_name": " ".join(name.split())})
+        prompt_id, text = _fill("class", shared | {"class_name": " ".join(name.split())[:MAX_CLASS_NAME]})
         prompts.append(Prompt(prompt_id, text, None, (name,)))
     return list({prompt.prompt_id: prompt for prompt in reversed(prompts)}.values())[::-1]
 

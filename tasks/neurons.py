@@ -78,7 +78,9 @@ class NeuronsWorker:
             table = _neurons(explanations, validation, q, status)
         with report.phase("write"):
             job.out.write(part, {"neurons": table})
-        report.rows = {"neurons": table.num_rows} | {s: int((status == s).sum()) for s in STATUSES if (status == s).any()}
+        report.rows = {"neurons": table.num_rows} | {
+            s: int((status == s).sum()) for s in STATUSES if (status == s).any()
+        }
         return report
 
 
@@ -110,9 +112,7 @@ def unit_state(stats: pa.Table, rectified: bool) -> np.ndarray:
 
 def decide(off: np.ndarray, validation: pa.Table, q: np.ndarray, settings: NeuronsSettings) -> np.ndarray:
     """Status of each unit: held-out evidence decides between explained, ambiguous and unexplained."""
-    lower, gain = (
-        validation[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in ("lower", "rival_gain")
-    )
+    lower, gain = (validation[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in ("lower", "rival_gain"))
     supported = (np.nan_to_num(q, nan=1) < settings.q) & (np.nan_to_num(lower, nan=-1) > settings.min_correlation)
     rivalled = np.nan_to_num(gain, nan=-np.inf) > settings.rival_gain
     return np.select([off != "", supported & rivalled, supported], [off, "ambiguous", "explained"], "unexplained")
@@ -121,7 +121,9 @@ def decide(off: np.ndarray, validation: pa.Table, q: np.ndarray, settings: Neuro
 def _neurons(explanations: pa.Table, validation: pa.Table, q: np.ndarray, status: np.ndarray) -> pa.Table:
     named = ~np.isin(status, ("dead",))
     phrases = [p if keep else None for p, keep in zip(explanations["phrase"].to_pylist(), named, strict=True)]
-    columns = {c: explanations[c].combine_chunks() for c in ("layer", "unit", "concepts", "weights", "margin", "exemplars")}
+    columns = {
+        c: explanations[c].combine_chunks() for c in ("layer", "unit", "concepts", "weights", "margin", "exemplars")
+    }
     columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True)}
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}
     return make_table("neurons", columns | {"confidence": validation["correlation"].combine_chunks()})

@@ -112,7 +112,9 @@ class PatchesWorker:
             maps_MHW = layer.maps(output)[at, units].float().mul_(sign[:, None]).unflatten(1, layer.grid)
             seeds = torch.from_numpy(column["position"][rows].astype(np.int64)).to(self.device)
             quantiles = np.where(column["tail"][rows] == "top", column["position_quantile"][rows], -np.inf)
-            found, fraction = active_boxes(maps_MHW, seeds, torch.from_numpy(quantiles.astype(np.float32)).to(self.device))
+            found, fraction = active_boxes(
+                maps_MHW, seeds, torch.from_numpy(quantiles.astype(np.float32)).to(self.device)
+            )
             boxes[rows], fractions[rows] = found.cpu().numpy(), fraction.cpu().numpy()
 
         def after_batch(_numbers: np.ndarray) -> None:
@@ -141,7 +143,9 @@ class PatchesWorker:
         numbers, places = np.divmod(crop_ids, MAX_CROPS)
         width, height = self.images.column("width"), self.images.column("height")
         grids = [crop_grid(int(width[i]), int(height[i]), self.job.settings.crops.sizes) for i in numbers]
-        boxes, levels = zip(*[(boxes[p], levels[p]) for (boxes, levels), p in zip(grids, places, strict=True)], strict=True)
+        boxes, levels = zip(
+            *[(boxes[p], levels[p]) for (boxes, levels), p in zip(grids, places, strict=True)], strict=True
+        )
         columns = {"crop_id": crop_ids, "image": numbers, "level": np.array(levels)}
         return make_table("crops", columns | _box_columns(np.array(boxes)))
 
@@ -167,7 +171,9 @@ def _group_rows(layers: np.ndarray, batches: np.ndarray) -> dict[tuple[str, int]
     return {key: np.array(found) for key, found in rows.items()}
 
 
-def active_boxes(maps_MHW: torch.Tensor, seeds_M: torch.Tensor, quantiles_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def active_boxes(
+    maps_MHW: torch.Tensor, seeds_M: torch.Tensor, quantiles_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Box of the connected part around each map's peak, for all maps at once.
 
     maps_MHW float32; seeds_M int64, flat position of the peak; quantiles_M float32, the unit's position quantile.

@@ -104,7 +104,7 @@ class Preprocess:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize, rounded as torchvision (square cover) or as timm and open_clip (others)."""
+        """Width and height after the resize, rounded as torchvision (square cover) or timm and open_clip (others)."""
         to_height, to_width = self.resize_to
         if self.resize == "squash":
             return to_width, to_height
@@ -139,7 +139,9 @@ class Preprocess:
 
     def to_image(self, boxes_N4: np.ndarray, widths_N: np.ndarray, heights_N: np.ndarray) -> np.ndarray:
         """Boxes x0, y0, x1, y1 as shares of the model's input -> pixels of images of those sizes, cut at their edges."""
-        resized = np.array([self._resized(int(w), int(h)) for w, h in zip(widths_N, heights_N, strict=True)]).reshape(-1, 2)
+        resized = np.array([self._resized(int(w), int(h)) for w, h in zip(widths_N, heights_N, strict=True)]).reshape(
+            -1, 2
+        )
         offset = np.array([self._offset(w, h) for w, h in resized]).reshape(-1, 2)
         scale = np.stack([widths_N, heights_N], 1) / resized
         pixels = boxes_N4.reshape(-1, 2, 2) * np.array([self.size[1], self.size[0]])

@@ -78,7 +78,9 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
     Raises ValueError naming probing.uri where a URI does not exist, holds no images, or mixes formats.
     """
     if not settings.uris or not all(settings.uris):
-        raise ValueError("probing.uri is missing: give a folder of images, WebDataset tars or Parquet files (or a list)")
+        raise ValueError(
+            "probing.uri is missing: give a folder of images, WebDataset tars or Parquet files (or a list)"
+        )
     rows, stamps = [], []
     for uri, name in zip(settings.uris, _short_names(settings.uris), strict=True):
         fs, root, files = _files(uri, settings)

@@ -49,7 +49,7 @@ class ReportSettings:
     """Longer side of the thumbnails in pixels."""
 
     def __post_init__(self) -> None:
-        for key, least in (("patches", 0), ("page_units", 1), ("thumbnail", 16)):
+        for key, least in (("patches", 1), ("page_units", 1), ("thumbnail", 16)):
             if getattr(self, key) < least:
                 raise ValueError(f"report.{key}={getattr(self, key)}: must be at least {least}")
 

@@ -34,7 +34,9 @@ class ScorerSettings:
         allowed = list(inspect.signature(SCORERS[self.name]).parameters)[1:]
         for key in self.params:
             if key not in allowed:
-                raise ValueError(f"scorer.params.{key}: unknown for {self.name}; allowed are {', '.join(allowed) or 'none'}")
+                raise ValueError(
+                    f"scorer.params.{key}: unknown for {self.name}; allowed are {', '.join(allowed) or 'none'}"
+                )
         if self.keep < 1:
             raise ValueError(f"scorer.keep={self.keep}: must be at least 1")
 

@@ -168,7 +168,9 @@ class ScoresWorker:
         best, index = scores_UC.topk(keep, dim=1)
         units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
         chosen = index.cpu().numpy().reshape(-1)
-        columns = {name: self.concepts[name].to_numpy(zero_copy_only=False)[chosen] for name in self.concepts.column_names}
+        columns = {
+            name: self.concepts[name].to_numpy(zero_copy_only=False)[chosen] for name in self.concepts.column_names
+        }
         return columns | {
             "layer": np.array([block.layer] * len(chosen)),
             "unit": np.repeat(units, keep),
@@ -193,6 +195,9 @@ def _share(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
     concepts_URD = evidence.concepts_CD[index_UR]
     similarity_UPR = evidence.patches_UPD @ concepts_URD.transpose(1, 2)
     levels_UP1 = evidence.levels_UP[:, :, None]
-    limit = evidence.null_mean_LC[levels_UP1, index_UR[:, None]] + SHARE_Z * evidence.null_std_LC[levels_UP1, index_UR[:, None]]
+    limit = (
+        evidence.null_mean_LC[levels_UP1, index_UR[:, None]]
+        + SHARE_Z * evidence.null_std_LC[levels_UP1, index_UR[:, None]]
+    )
     matches = ((similarity_UPR > limit) & evidence.has_patch_UP[:, :, None]).sum(1)
     return matches / evidence.has_patch_UP.sum(1, keepdim=True).clamp(min=1)

@@ -10,8 +10,9 @@ import io
 import json
 import os
 import re
+import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,7 +88,7 @@ class Store:
             return None
 
     def put_json(self, name: str, value: dict) -> None:
-        self.put(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+        self.put(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def names(self, folder: str) -> list[str]:
         """File names directly inside a folder, sorted; empty where there is no folder."""
@@ -149,7 +150,6 @@ class Folder:
                 found = pq.read_table(file, columns=columns, filters=filters)
             elif group is not None:
                 found = pq.ParquetFile(file).read_row_group(group, columns=columns)
-                found = found.select(columns) if columns else found  # it comes in the order of the file
             else:
                 found = pq.read_table(file, columns=columns)
         return tables.check(table, found, columns)
@@ -199,10 +199,8 @@ class PartReport:
     error: str | None = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterable[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to `seconds[name]`: read, compute or write."""
-        import time
-
         start = time.perf_counter()
         try:
             yield

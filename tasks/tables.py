@@ -201,7 +201,9 @@ def _array(values, dtype: pa.DataType) -> pa.Array:
     if pa.types.is_list(dtype) and getattr(values, "ndim", 1) == 2:
         rows, width = values.shape
         flat = pa.array(values.reshape(-1), dtype.value_type)
-        return pa.ListArray.from_arrays(pa.array(range(0, (rows + 1) * width, width) if width else [0] * (rows + 1), I32), flat)
+        return pa.ListArray.from_arrays(
+            pa.array(range(0, (rows + 1) * width, width) if width else [0] * (rows + 1), I32), flat
+        )
     return pa.array(values, dtype)
 
 

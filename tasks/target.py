@@ -134,7 +134,9 @@ def _timm(settings: TargetSettings) -> Target:
     )
     own = resolve_model_data_config(model)
     if own["crop_mode"] == "border" and "resize" not in settings.preprocess:
-        raise ValueError("target.preprocess.resize is missing: the model pads its images; allowed are cover, squash, contain")
+        raise ValueError(
+            "target.preprocess.resize is missing: the model pads its images; allowed are cover, squash, contain"
+        )
     size = tuple(own["input_size"][1:])
     to = tuple(int(np.floor(s / own["crop_pct"])) for s in size)
     resize = "squash" if own["crop_mode"] == "squash" else "cover"
@@ -146,7 +148,11 @@ def _timm(settings: TargetSettings) -> Target:
 
 def _open_clip(settings: TargetSettings) -> Target:
     tag = settings.pretrained if isinstance(settings.pretrained, str) else None
-    clip = load_clip_model(ClipSettings(name=settings.name, pretrained=tag), "target", bool(settings.pretrained) and not settings.checkpoint)
+    clip = load_clip_model(
+        ClipSettings(name=settings.name, pretrained=tag),
+        "target",
+        bool(settings.pretrained) and not settings.checkpoint,
+    )
     return Target(clip.model.visual, clip.preprocess)
 
 
@@ -165,7 +171,9 @@ def _factory(settings: TargetSettings) -> Target:
         expected = "expected file.py:function or package.module:function that returns a torch module"
         raise ValueError(f"target.name={settings.name}: {expected}: {error}") from None
     if not isinstance(model, nn.Module):
-        raise ValueError(f"target.name={settings.name}: the function returned {type(model).__name__}, not a torch module")
+        raise ValueError(
+            f"target.name={settings.name}: the function returned {type(model).__name__}, not a torch module"
+        )
     return Target(model, Preprocess())
 
 

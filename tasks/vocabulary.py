@@ -28,10 +28,8 @@ from tasks.tables import make_table
 SOURCES = ("lexicon", "class_names", "vllm")
 LEXICON = Path(__file__).parent / "lexicon.txt"
 EXPECTED = "text with one concept per line, JSON [concept] or {class: [concept]}, or Parquet with a column concept"
-MAX_LENGTH = 100
-"""Characters of the longest concept: CLIP's text tower reads 77 tokens."""
-MAX_RAW = 1000
-"""Characters of the longest phrase that is looked at at all."""
+MAX_LENGTH, MAX_RAW = 100, 1000
+"""Characters of the longest concept (CLIP's text tower reads 77 tokens), and of the longest phrase looked at."""
 BOUNDS = {
     "max_words": (1, 12),
     "max_concepts": (1, 1000),
@@ -162,7 +160,7 @@ def class_rows(class_names: Iterable[str]) -> list[Raw]:
 
 def class_concept(name: str) -> str:
     """The concept of a class: the first synonym of 'tench, Tinca tinca', in a form that clean() keeps."""
-    plain = "".join(c if c.isprintable() else " " for c in _tidy(name[:MAX_RAW]))
+    plain = _tidy("".join(c if c.isprintable() else " " for c in name[:MAX_RAW]))
     first = next((part for part in plain.split(", ") if any(map(str.isalnum, part))), "")
     return _tidy(textwrap.shorten(first, MAX_LENGTH, placeholder="") or first[:MAX_LENGTH])
 
@@ -247,7 +245,8 @@ def identity(settings: VocabularySettings, class_names: Iterable[str] = ()) -> d
     if settings.uses_class_names:
         found["class_names"] = fingerprint({"names": names})
     if settings.source == "vllm":
-        found["prompts"] = fingerprint({"ids": [prompt.prompt_id for prompt in build_prompts(settings, names)]})
+        prompts = build_prompts(settings, [*names, "any"])  # one at least, for the template
+        found["prompts"] = fingerprint({"ids": [p.prompt_id for p in prompts]})
         found |= llm_identity(str(settings.model))
     return found
 
@@ -258,7 +257,7 @@ class VocabularyJob:
     """Of the tables concepts, answers."""
     settings: VocabularySettings
     class_names: list[str] = field(default_factory=list)
-    """In the order of the model's outputs, or the labels of the probing data set."""
+    """Of the model's outputs, in their order, or of the probing data set."""
 
 
 class VocabularyWorker:

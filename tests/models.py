@@ -18,7 +18,7 @@ class Planted(nn.Module):
         weight[1] = 1 / 3
         weight[4] = -1.0
         weight[5] = torch.tensor([0.0, 0.0, 1.0])
-        bias = torch.tensor([0.0, 0.0, 0.0, 3.0, -0.01, -2.0])
+        bias = torch.tensor([0.0, 0.0, 0.0, 3.0, -10.0, -2.0])
         self.conv.weight.data = weight[:, :, None, None].expand(6, 3, 8, 8).clone() / 64
         self.conv.bias.data = bias
         self.relu = nn.ReLU()

@@ -89,3 +89,62 @@ def collect(
     for part in range(len(blocks)):
         ExemplarsWorker(merged).run(part)
     return job, merged
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A CLIP in open_clip's own folder format, two narrow layers a side, random but always the same weights."""
+    import json
+
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    config = {
+        "model_cfg": {
+            "embed_dim": 32,
+            "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**config["model_cfg"])
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+WORDS = ["red", "green", "blue", "yellow", "noise", "circle", "square", "a red circle", "blue square", "bright", "dark"]
+
+
+def sweep_arguments(folder: Path) -> list[str]:
+    """Overrides of a whole sweep over drawn images, seconds long; makes the images, the CLIP and the words in `folder`."""
+    photos = draw_folder(folder / "photos", 45)
+    (folder / "words.txt").write_text("\n".join(WORDS))
+    return [
+        f"probing.uri={photos}",
+        "probing.shard_size=16",
+        "probing.batch_size=8",
+        "probing.explain=0.5",
+        "probing.select=0.2",
+        "probing.validate=0.3",
+        "target=factory",
+        f"target.name={Path(__file__).parent}/models.py:planted",
+        "target.preprocess={size: [64, 96], resize_to: [64, 96]}",
+        "layers.names=[relu,logits]",
+        "clip=folder",
+        f"clip.name={tiny_clip(folder / 'clip')}",
+        f"vocabulary.path={folder}/words.txt",
+        "activations.k=10",
+        "patches.k=4",
+        "patches.crops.sizes=[0.5]",
+        "scorer.keep=5",
+        "unit_block=4",
+        "run=drawn",
+    ]
+
+
+def stored_tables(root: Path) -> dict[str, bytes]:
+    """Bytes of every Parquet object below a local root, by name."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.parquet"))}

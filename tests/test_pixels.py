@@ -24,7 +24,7 @@ from tasks.pixels import MAX_ASPECT, MAX_PIXELS, BadImage, Preprocess, decode
 
 REASONS = {"empty", "not_an_image", "truncated", "too_large", "too_narrow", "float_pixels"}
 WHITE = (255, 255, 255)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

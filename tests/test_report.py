@@ -1,139 +1,261 @@
-"""The report: every neuron once, hostile text harmless, boxes where the data says, the same bytes each time; and show."""
+"""The report: every neuron once, hostile text harmless, boxes where the data says, the same bytes each time."""
 
+import io
+import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import numpy as np
 import pytest
-from playwright.sync_api import Page, sync_playwright
 from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from flows.run import Run
-from flows.show import show
 from tasks import neurons, report
-from tasks.crops import MAX_CROPS, crop_grid, snap, square
+from tasks.crops import MAX_CROPS
 from tasks.images import ImageList
-from tasks.layers import Layer, unit_blocks
+from tasks.layers import Layer
 from tasks.report import ReportJob, ReportSettings, ReportWorker, num_parts
-from tasks.store import Folder, StoreSettings
-from tasks.tables import SCHEMAS, make_table
+from tests.written_run import HOSTILE, LAYERS, write_images, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-LAYERS = [
-    Layer("blocks.0.mlp/act <b>\"odd\" & '../../x'", 1000, "tokens", (14, 14), 1),
-    Layer("blocks.0.mlp_act _b_ _odd_ _ _.._.._x_", 3, "chw", (7, 7)),  # nearly the same file name
-    Layer("head", 12, "vector"),
-]
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "\"><img src=x onerror=alert(1)>' onmouseover='alert(1)",
-    "javascript:alert(1)",
-    "</style></script><!-- {{ 7 * 7 }} ${1} &amp; &#x3c;",
-    "very " * 60 + "long" + "g" * 400,
-    "caf\u00e9 \u7f8e\u672f \U0001f98a",
-    "\u05d0\u05d1\u05d2 \u202egnp.exe",
-    "\x1b[31mred\x07",
-]
-IDS = ["n01/plain 1.jpg", "a\"b'c/<i>2</i>.jpg", "javascript:alert(2)", "\u202ertl/\x1b]0;title\x07.jpg", "tar#x?.tar/5%20.jpg"]
-FOLDERS = {
-    "neurons": ("neurons",),
-    "scores": ("scores",),
-    "exemplars": ("exemplars",),
-    "patches": ("patches", "crops"),
-    "validation": ("validation",),
-    "report": ("pages",),
-}
-SHARD, UNITS = 4, 300
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
 
 
-def write_images(root: Path) -> ImageList:
-    """Ten JPEGs of several shapes; every pixel tells which image it is of."""
-    sizes = [(320, 240), (240, 320), (100, 100), (640, 80), (30, 40)] * 2
-    for i, size in enumerate(sizes):
-        Image.new("RGB", size, (20 * i, 255 - 20 * i, 90)).save(root / f"{i}.jpg", comment=b"c" * 1000)
-    return image_list(root, [root / f"{i}.jpg" for i in range(len(sizes))], [IDS[i % 5] + str(i // 5) for i in range(10)])
+class Html(HTMLParser):
+    """A page as its elements (tag, attributes), and the text directly inside each h2 and script."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {"script": [], "h2": []}
+        self.inside = ""
+        self.feed(data.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), "an attribute given twice"
+        self.found.append((tag, dict(attrs)))
+        self.inside = tag
+        self.text.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.text[self.inside][-1] += data
+
+    def values(self, tag: str, name: str) -> list[str | None]:
+        return [attributes[name] for t, attributes in self.found if t == tag and name in attributes]
 
 
-def image_list(root: Path, files: list[Path], ids: list[str]) -> ImageList:
-    count, sizes = len(files), [Image.open(file).size for file in files]
-    columns = {"image": range(count), "image_id": ids, "uri": [str(file) for file in files]}
-    columns |= {name: [None] * count for name in ("offset", "length", "row", "label")}
-    columns |= {"width": [w for w, _ in sizes], "height": [h for _, h in sizes], "content": ids}
-    columns |= {"split": ["explain"] * count, "status": ["ok"] * count}
-    folder = Folder(StoreSettings(str(root)), "probing", "0" * 16, ("images",))
-    folder.write(0, {"images": make_table("images", columns)})
-    return ImageList(folder, SHARD, SHARD, 100, {})
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> ImageList:
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
-def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[str], patches: int = 10) -> ReportJob:
-    """Synthetic tables of a whole run: unit u has phrase u, status u, images u, u + 3, u + 6, ... (modulo)."""
-    folders = {name: Folder(StoreSettings(str(root)), name, "0" * 16, tables) for name, tables in FOLDERS.items()}
-    blocks, rng = unit_blocks(layers, UNITS), np.random.default_rng(0)
-    found: list[list[dict]] = []  # patches of each block
-    for part, block in enumerate(blocks):
-        keys = [{"layer": block.layer, "unit": unit} for unit in range(block.start, block.stop)]
-        has_map = next(x for x in layers if x.name == block.layer).layout != "vector"
-        rows = [key | row for key in keys for row in patch_rows(images, key["unit"], patches, has_map, rng)]
-        found.append(rows)
-        names = [[phrases[(key["unit"] + 7 * i) % len(phrases)] for i in range(5)] for key in keys]
-        write(folders["exemplars"], part, "exemplars", [{**row, "position": 0} for row in rows])
-        scores = [
-            {**key, "rank": i, "concept_id": str(i), "concept": name, "family": "object", "score": 1, "null_z": 9 - i, "share": 0.8}
-            for key, five in zip(keys, names, strict=True)
-            for i, name in enumerate(five)
+@pytest.fixture(scope="module")
+def job(images, tmp_path_factory) -> ReportJob:
+    """A finished report on hostile tables."""
+    job = write_run(tmp_path_factory.mktemp("store"), images, LAYERS, HOSTILE)
+    make_report(job)
+    return job
+
+
+@pytest.fixture(scope="module")
+def pages(job) -> dict[str, Html]:
+    return {path: Html(data) for path, data in files(job).items() if path.endswith(".html")}
+
+
+def make_report(job: ReportJob, order: int = 1) -> None:
+    worker = ReportWorker(job)
+    for part in list(range(num_parts(job.images, job.layers)))[::order]:
+        worker.run(part)
+
+
+def folder(job: ReportJob) -> Path:
+    return Path(job.out.store.path(job.out.name))
+
+
+def files(job: ReportJob) -> dict[str, bytes]:
+    root = folder(job)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(("key", "value"), [("patches", 0), ("page_units", 0), ("thumbnail", 3)])
+def test_settings_name_their_key(key, value):
+    with pytest.raises(ValueError, match=rf"^report\.{key}={value}: must be at least"):
+        ReportSettings(**{key: value})
+
+
+def test_every_status_has_words():
+    assert set(report.STATUSES) == set(neurons.STATUSES)
+
+
+def test_every_unit_is_on_one_page(job, pages):
+    rows = job.out.read_all("pages").to_pylist()
+    assert {row["path"] for row in rows} == set(pages)
+    for layer in job.layers:
+        found = [
+            (row["units"], pages[row["path"]].values("article", "id")) for row in rows if row["layer"] == layer.name
         ]
-        write(folders["scores"], part, "scores", scores)
-        judged = [judge(key["unit"], five[0]) for key, five in zip(keys, names, strict=True)]
-        more = {"weights": [0.4, 0.3, 0.15, 0.1, 0.05], "margin": 0.1, "exemplars": []}
-        write(folders["neurons"], part, "neurons", [k | j | more | {"concepts": n} for k, j, n in zip(keys, judged, names, strict=True)])
-        checks = {"images": 0 if block.layer == "head" else 50, "p": 0.1, "rival_gain": 3.0}
-        rows = [k | j | checks | {"correlation": j["confidence"], "rival": n[1]} for k, j, n in zip(keys, judged, names, strict=True)]
-        write(folders["validation"], part, "validation", rows)
-    for shard in range(images.num_shards):
-        inside = [[row for row in rows if row["image"] in images.shard(shard)] for rows in found]
-        crops = {row["crop_id"]: row["grid"] | {"crop_id": row["crop_id"], "image": row["image"]} for rows in inside for row in rows}
-        tables = {"crops": [crops[i] for i in sorted(crops)], "patches": [row for rows in inside for row in rows]}
-        made = {name: make(name, rows) for name, rows in tables.items()}
-        folders["patches"].write(shard, made, {"patches": [len(rows) for rows in inside]})
-    settings, facts = ReportSettings(), {"target": "vit_<b>tiny</b>", "clip": HOSTILE[0]}
-    return ReportJob(folders.pop("report"), images, layers=layers, blocks=blocks, settings=settings, run="night & <day>", facts=facts, **folders)
+        assert [u for _, units in found for u in units] == [f"unit-{i}" for i in range(layer.num_units)]
+        assert all(count == len(units) <= 250 for count, units in found)
+    assert job.out.done() == set(range(num_parts(job.images, job.layers)))
 
 
-def judge(unit: int, phrase: str) -> dict:
-    status = neurons.STATUSES[unit % 6]
-    confidence = None if status == "dead" or unit % 7 == 3 else 0.9 - unit % 100 / 90
-    interval = (None, None) if confidence is None else (confidence - 0.1, min(confidence + 0.1, 1))
-    named = {"status": status, "phrase": None if status == "dead" else phrase, "confidence": confidence}
-    return named | {"lower": interval[0], "upper": interval[1], "q": None if confidence is None else 0.01}
+def test_links_lead_to_files_of_the_report(job, pages):
+    for path, page in pages.items():
+        links = {a.get("href") or a.get("src") for _, a in page.found if "href" in a or "src" in a}
+        for link in links - {"data:,"}:
+            name, _, anchor = unquote(str(link)).partition("#")
+            there = ((folder(job) / path).parent / name).resolve() if name else folder(job) / path
+            assert there.is_file(), link
+            assert there.is_relative_to(folder(job)), link
+            ids = {a.get("id") for _, a in pages[str(there.relative_to(folder(job)))].found} if anchor else {anchor}
+            assert anchor in ids, link
 
 
-def patch_rows(images: ImageList, unit: int, patches: int, has_map: bool, rng: np.random.Generator) -> Iterator[dict]:
-    for rank in range(min(patches, len(images))):
-        number = (unit + 3 * rank) % len(images)
-        size = np.array([images.column("width")[number], images.column("height")[number]])
-        low = rng.uniform(0, 0.6, 2)
-        box = np.concatenate([low, low + rng.uniform(0.1, 0.4, 2)]) * np.tile(size, 2) if has_map else np.array([0, 0, *size])
-        crop = int(snap(square(box[None], 0.25), np.array([number]), size[None], [0.5, 0.25])[0]) if has_map else number * MAX_CROPS
-        grid, levels = crop_grid(*size, [0.5, 0.25])
-        place = crop % MAX_CROPS
-        row = {"tail": "top", "rank": rank, "image": number, "image_id": images.ids[number], "crop_id": crop}
-        row |= {"active_fraction": 0.1, "activation": 9 - rank * 0.5, "grid": corners(grid[place]) | {"level": levels[place]}}
-        yield row | corners(box)
-        if rank < 2:
-            yield row | corners(box) | {"tail": "bottom"}
+def test_hostile_text_stays_text(job, pages):
+    scripts = {path: page.text["script"] for path, page in pages.items()}
+    assert scripts.pop("index.html") == []
+    own = next(iter(scripts.values()))
+    assert len(own) == 1
+    assert all(found == own for found in scripts.values())
+    tags = {tag for page in pages.values() for tag, _ in page.found}
+    assert not tags & {"iframe", "object", "embed", "base", "form", "style>", "svg"}
+    assert [page.text["style"] for page in pages.values() if len(page.text["style"]) != 1] == []
+    assert [name for page in pages.values() for _, a in page.found for name in a if name.startswith("on")] == []
+    layers = [page for path, page in pages.items() if path != "index.html"]
+    assert {title for page in layers for title in page.values("h2", "title")} == set(HOSTILE)
+    assert {text for page in layers for text in page.text["h2"]} == set(HOSTILE)
+    assert {alt for page in layers for alt in page.values("img", "alt")} == set(job.images.ids)
+    assert {page.text["h1"][0] for page in layers} == {layer.name for layer in LAYERS}
+    assert {"vit_<b>tiny</b>", "<script>alert(1)</script>"} <= set(pages["index.html"].text["dd"])
 
 
-def corners(box: np.ndarray) -> dict[str, float]:
-    return dict(zip(("x0", "y0", "x1", "y1"), box.tolist(), strict=True))
+def test_same_bytes_whatever_the_order(job, images, tmp_path):
+    again = write_run(tmp_path, images, LAYERS, HOSTILE)
+    make_report(pickle.loads(pickle.dumps(again)), order=-1)
+    assert files(again) == files(job)
 
 
-def make(table: str, rows: list[dict]):
-    return make_table(table, {name: [row[name] for row in rows] for name in SCHEMAS[table].names})
+def test_thumbnails_are_of_the_images_shown(images, tmp_path):
+    few = write_run(tmp_path, images, [Layer("a", 2, "chw", (7, 7))], ["x"], patches=3)
+    few.settings.patches = 2
+    make_report(few)
+    found = {path: Image.open(io.BytesIO(data)) for path, data in files(few).items() if path.startswith("images/")}
+    assert set(found) == {f"images/{number}.jpg" for number in (0, 3, 1, 4)}
+    assert found["images/0.jpg"].size == (192, 144)
+    assert found["images/4.jpg"].size == (30, 40), "small images are not blown up"
+    assert found["images/3.jpg"].getpixel((5, 5)) == pytest.approx((60, 195, 90), abs=4)
+    assert not any("comment" in image.info for image in found.values()), "the file's own comment travels along"
 
 
-def write(folder: Folder, part: int, table: str, rows: list[dict]) -> None:
-    folder.write(part, {table: make(table, rows)})
+def test_a_part_is_done_only_when_its_pages_are_there(images, tmp_path):
+    broken = write_run(tmp_path, images, LAYERS[2:], ["x"])
+    folder(broken).mkdir(parents=True)
+    (folder(broken) / "layers").write_text("in the way")
+    with pytest.raises(OSError, match="layers"):
+        ReportWorker(broken).run(images.num_shards)
+    assert broken.out.done() == set()
+    (folder(broken) / "layers").unlink()
+    make_report(broken)
+    assert broken.out.done() == set(range(num_parts(images, broken.layers)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium or chromium-browser on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, path: Path, **options) -> Iterator[Page]:
+    """The page, from disk; in the end: no message on the console, no error, no dialog, nothing asked from a network."""
+    context = browser.new_context(**options)
+    page, wrong = context.new_page(), []
+    for event in ("console", "pageerror", "dialog", "requestfailed"):
+        page.on(event, lambda found, event=event: wrong.append((event, str(found))))
+    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
+    page.goto(path.as_uri())
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def first_page(job: ReportJob, layer: int) -> Path:
+    return folder(job) / ReportWorker(job).pages[layer][0]
+
+
+def test_boxes_lie_where_the_data_says(browser, job):
+    rows = job.patches.read_all("patches", filters=[("layer", "==", LAYERS[0].name), ("unit", "==", 1)]).to_pylist()
+    rows = sorted((row for row in rows if row["tail"] == "top"), key=lambda row: row["rank"])
+    with opened(browser, first_page(job, 0)) as page:
+        figures = page.locator("#unit-1 figure")
+        assert figures.count() == 8
+        for rank, row in enumerate(rows[:8]):
+            figure, image = figures.nth(rank), figures.nth(rank).locator("img")
+            figure.scroll_into_view_if_needed()
+            page.wait_for_function("e => e.complete && e.naturalWidth > 0", arg=image.element_handle())
+            assert figure.get_attribute("title") == f"rank {rank}, activation {9 - rank / 2:g}, {row['image_id']}"
+            outer, box = (
+                e.evaluate("e => e.getBoundingClientRect().toJSON()") for e in (image, figure.locator(".box"))
+            )
+            scale = outer["width"] / job.images.column("width")[row["image"]]
+            assert outer["height"] == pytest.approx(scale * job.images.column("height")[row["image"]], abs=1)
+            found = [box["x"] - outer["x"], box["y"] - outer["y"], box["width"], box["height"]]
+            sides = [row["x0"], row["y0"], row["x1"] - row["x0"], row["y1"] - row["y0"]]
+            assert found == pytest.approx([scale * side for side in sides], abs=1.5)
+            assert figure.locator(".crop").count() == bool(row["crop_id"] % MAX_CROPS)
+
+
+def test_vectors_have_no_boxes(browser, job):
+    with opened(browser, first_page(job, 2)) as page:
+        assert page.locator(".frame").count() > 50
+        assert page.locator(".box, .crop").count() == 0
+        assert page.get_by_text("no validate split").count() > 0
+
+
+def test_filter(browser, job):
+    with opened(browser, first_page(job, 0)) as page:
+        shown, text = page.locator("article:visible"), page.get_by_label("Name or concept contains")
+        assert shown.count() == 250
+        for status in neurons.STATUSES[1:]:
+            page.get_by_label(status.replace("_", " "), exact=True).uncheck()
+        assert shown.count() == page.locator("[data-status=explained]").count() == 42
+        text.fill("JAVASCRIPT:")
+        assert 0 < shown.count() < 42
+        assert all("javascript:" in words for words in shown.all_text_contents())
+        assert set(page.locator("article:visible .hit").all_text_contents()) == {"javascript:alert(1)"}
+        assert page.locator("output").text_content() == f"{shown.count()} of 250 on this page"
+        text.fill("no such thing")
+        assert shown.count() == 0
+
+
+def test_without_javascript_and_at_every_width(browser, job):
+    for width in (420, 1200):
+        for path in (folder(job) / "index.html", first_page(job, 0), first_page(job, 2)):
+            with opened(browser, path, java_script_enabled=False, viewport={"width": width, "height": 800}) as page:
+                assert page.locator(".filter:visible").count() == 0
+                wide, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+                assert wide <= room, f"{path.name} scrolls sideways at {width}"
+
+
+def test_index_leads_everywhere(browser, job):
+    with opened(browser, folder(job) / "index.html", color_scheme="dark") as page:
+        assert page.locator("h1").text_content() == "night & <day>"
+        assert page.locator("tbody tr").count() == 3
+        page.get_by_role("link", name=LAYERS[0].name, exact=True).click()
+        assert page.locator("h1").text_content() == LAYERS[0].name
+        page.get_by_role("link", name="next").first.click()
+        assert page.locator("article").first.get_attribute("id") == "unit-250"
+        page.get_by_role("link", name="night & <day>").click()
+        assert page.url.endswith("/index.html")

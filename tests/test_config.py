@@ -1,0 +1,132 @@
+"""Configuration: every preset composes; every mistake is one line that names key, value and what is allowed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.config import CONF, compose, groups, multirun
+from tests import samples
+
+ROOT = Path(__file__).parents[1]
+NEEDS = {
+    "target": ["target.name=x"],
+    "clip": ["clip.name=x"],
+    "store": ["store.root=s3://bucket"],
+    "vocabulary": ["vocabulary.model=x"],
+}
+
+
+@pytest.mark.parametrize("group", groups())
+def test_every_choice_of_every_group_composes(group):
+    for path in (CONF / group).glob("*.yaml"):
+        assert path.read_text().startswith("#"), f"{path.name} has no example in its first line"
+        compose([f"{group}={path.stem}", *NEEDS.get(group, [])])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("targt=resnet50", "targt: unknown key (did you mean target?); allowed are run, unit_block, target"),
+        ("target=resnet51", "target=resnet51: unknown; allowed are factory, open_clip, resnet50"),
+        ("target.nam=x", "target.nam: unknown key (did you mean name?); allowed are source, name"),
+        ("target.name.x=1", "target.name.x: unknown key; target.name takes a value"),
+        ("probing.shard_size=abc", "probing.shard_size=abc: expected int"),
+        ("probing.shard_size=33", "probing.shard_size=33: must be a multiple of probing.batch_size=32"),
+        ("probing.explain=0.9", "probing.explain=0.9, probing.select=0.1, probing.validate=0.2: shares must"),
+        ("probing.format=zip", "probing.format=zip: allowed are auto, folder, webdataset, parquet"),
+        ("activations.k=0", "activations.k=0: must be at least 1"),
+        ("patches.k=200", "patches.k=200: must be at most activations.k=100"),
+        ("patches.crops.sizes=[2]", "patches.crops.sizes=[2.0]: allowed are shares in (0, 1]"),
+        ("layers.pool=median", "layers.pool=median: allowed are max, mean, cls"),
+        ("layers.names=[]", "layers.names is empty: allowed are mlp, residual, conv, logits, all and globs"),
+        ("scorer.name=best", "scorer.name=best: allowed are mean_cosine, contrastive, weighted_mean, soft_wpmi"),
+        ("scorer.params.top=3", "scorer.params.top: unknown for weighted_mean; allowed are none"),
+        ("target.dtype=int8", "target.dtype=int8: allowed are auto, float32, float16, bfloat16"),
+        ("target.source=keras", "target.source=keras: allowed are torchvision, timm, open_clip, factory"),
+        ("target.preprocess.crop=3", "target.preprocess.crop: unknown key; allowed are size, resize_to"),
+        ("clip.templates=[photo]", "clip.templates=['photo']: each template needs exactly one {}"),
+        ("store.options.secret=x", "store.options.secret: secrets come from the environment"),
+        ("run=a/b", "run=a/b: allowed are letters, digits and . _ + -"),
+        ("cluster.threads=0", "cluster.threads=0: must be at least 1"),
+        ("probing", "probing: expected key=value"),
+        ("probing.uri=[a", "probing.uri=[a:"),
+    ],
+)
+def test_mistakes_are_one_clear_line(override, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        compose([override])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_free_text_and_free_keys():
+    config = compose(["run=1e5", "target.kwargs.img_size=96", "scorer=soft_wpmi", "scorer.params.a=100"])
+    assert config.run == "1e5"
+    assert config.target.kwargs == {"img_size": 96}
+    assert config.scorer.params == {"a": 100}
+    assert compose(["cluster.stages.activations.num_gpus=1"]).cluster.resources("activations").num_gpus == 1
+    assert compose(["cluster=gpu"]).cluster.resources("embeddings").num_gpus == 1
+    assert compose(["cluster=gpu"]).cluster.resources("exemplars").num_gpus == 0
+
+
+def test_runs_are_named_after_what_they_do():
+    name = compose(["target=vit_l_16", "layers=mlp", "scorer=soft_wpmi"]).run
+    assert name == "vit_large_patch16_224-mlp-lexicon-soft_wpmi"
+
+
+def test_multirun_is_the_product():
+    jobs = multirun(["scorer=contrastive,soft_wpmi", "patches.k=3,4", "run=x", "probing.uri=[a,b]"])
+    assert len(jobs) == 4
+    assert jobs[0] == ["scorer=contrastive", "patches.k=3", "run=x", "probing.uri=[a,b]"]
+
+
+def axonym(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_flows_are_listed():
+    done = axonym()
+    assert done.returncode == 0
+    for flow in ("sweep", "status", "show"):
+        assert f"axonym {flow} " in done.stdout
+
+
+def test_mistakes_end_the_command_and_write_nothing(tmp_path):
+    """Through the command line: exit code 2, one line, no traceback, nothing in the store."""
+    arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=none"]
+    (tmp_path / "empty").mkdir()
+    for wrong, message in [
+        ("layers.names=[block.9]", "axonym: layers.names=block.9: matches no module; allowed are mlp, residual"),
+        (f"probing.uri={tmp_path}/empty", "axonym: probing.uri="),
+        (f"probing.uri={tmp_path}/nowhere", "axonym: probing.uri="),
+        (f"vocabulary.path={tmp_path}/nowhere.txt", "axonym: vocabulary.path="),
+        (f"target.name={tmp_path}/nowhere.py:load", "axonym: target.name="),
+        (f"target.checkpoint={tmp_path}/words.txt", "axonym: target.checkpoint="),
+        ("clip.name=ViT-B-33", "axonym: clip.name=ViT-B-33: unknown; allowed are a local folder or"),
+    ]:
+        done = axonym("sweep", *arguments, wrong)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "store").exists()
+
+
+def test_command_line_sweep_show_and_status(tmp_path):
+    arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store"]
+    done = axonym("sweep", "--multirun", *arguments, "cluster=none", "scorer=contrastive,mean_cosine")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "store/runs").iterdir()) == ["drawn-0", "drawn-1"]
+    shown = axonym("show", "run=drawn-0", "layer=relu", "unit=0", f"store.root={tmp_path}/store")
+    assert shown.returncode == 0, shown.stderr
+    assert "relu" in shown.stdout
+    status = axonym("status", "run=drawn-1", f"store.root={tmp_path}/store")
+    assert status.returncode == 0, status.stderr
+    assert "open" not in status.stdout
+    assert "neurons" in status.stdout
+    missing = axonym("status", "run=nothing", f"store.root={tmp_path}/store")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "drawn-0" in missing.stderr

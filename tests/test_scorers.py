@@ -1,0 +1,166 @@
+"""Every scorer equals a slow reference written from its formula; the stage's marginal does not depend on the sharding."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
+from tasks.scorers import PMI, SCORERS, Evidence, log_mean_exp
+from tasks.tables import make_table
+from tasks.validation import best_rival, correlations, fisher
+
+
+def unit_norm(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def evidence(seed, units=5, patches=4, exemplars=7, concepts=11, width=6):
+    """Random evidence; unit 1 has fewer patches and exemplars, unit 2 has none (dead)."""
+    rng = np.random.default_rng(seed)
+    has_patch, has_exemplar = np.ones((units, patches), bool), np.ones((units, exemplars), bool)
+    has_patch[1, 2:] = has_exemplar[1, 3:] = False
+    has_patch[2] = has_exemplar[2] = False
+    arrays = {
+        "concepts_CD": unit_norm(rng, concepts, width),
+        "patches_UPD": unit_norm(rng, units, patches, width) * has_patch[..., None],
+        "has_patch_UP": has_patch,
+        "levels_UP": rng.integers(0, 3, (units, patches)),
+        "exemplars_UKD": unit_norm(rng, units, exemplars, width) * has_exemplar[..., None],
+        "has_exemplar_UK": has_exemplar,
+        "weighted_UD": rng.normal(size=(units, width)).astype(np.float32) * 100,
+        "null_mean_LC": rng.normal(size=(3, concepts)).astype(np.float32) / 10,
+        "null_std_LC": (0.05 + rng.random((3, concepts))).astype(np.float32),
+    }
+    return Evidence(**{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}), arrays
+
+
+def slow(name, a, unit, concept):
+    c = a["concepts_CD"][concept].astype(np.float64)
+    patches = [
+        (p, level)
+        for p, level, has in zip(a["patches_UPD"][unit], a["levels_UP"][unit], a["has_patch_UP"][unit])
+        if has
+    ]
+    if name == "mean_cosine":
+        return sum(float(p @ c) for p, _ in patches) / max(len(patches), 1)
+    if name == "contrastive":
+        above = sum(float(p @ c) - a["null_mean_LC"][level, concept] for p, level in patches)
+        return above / max(np.sqrt(sum(a["null_std_LC"][level, concept] ** 2 for _, level in patches)), 1e-6)
+    if name == "weighted_mean":
+        w, t = a["weighted_UD"][unit].astype(np.float64), c - a["concepts_CD"].astype(np.float64).mean(0)
+        return w @ t / np.linalg.norm(w) / np.linalg.norm(t)
+    assert name == "soft_wpmi"
+    total = 0.0
+    for rank, (x, has) in enumerate(zip(a["exemplars_UKD"][unit], a["has_exemplar_UK"][unit])):
+        if has:
+            likely = np.exp(10 * a["concepts_CD"].astype(np.float64) @ x)
+            inside = 0.998 - rank / 100 * (0.998 - 0.97)
+            total += np.log(1 + inside * (likely[concept] / likely.sum() - 1) + 1e-7)
+    return total
+
+
+@pytest.mark.parametrize("name", list(SCORERS))
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1000))
+def test_scorers_equal_their_formulas(name, seed):
+    found, arrays = evidence(seed)
+    scores = SCORERS[name](found)
+    assert scores.shape == (5, 11)
+    expected = [[slow(name, arrays, u, c) for c in range(11)] for u in range(5)]
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_marginal_of_parts_is_the_marginal_of_the_whole():
+    assert {"soft_wpmi"} == PMI
+    scores = SCORERS["soft_wpmi"](evidence(0)[0]).double()
+    halves = torch.stack([scores[:2].logsumexp(0), scores[2:].logsumexp(0)]).logsumexp(0)
+    expected = torch.log(torch.exp(scores).mean(0))
+    torch.testing.assert_close(log_mean_exp(halves, 5), expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.integers(4, 40))
+def test_correlations_are_pearsons(seed, count):
+    rng = np.random.default_rng(seed)
+    a, s = rng.normal(size=(3, count)), rng.normal(size=(count, 4))
+    a[2] = 7  # constant
+    found = correlations(a, s)
+    for u in range(2):
+        for c in range(4):
+            assert found[u, c] == pytest.approx(np.corrcoef(a[u], s[:, c])[0, 1], abs=1e-9)
+    assert np.isnan(found[2]).all()
+    assert np.isnan(correlations(a[:, :3], s[:3])).all()
+
+
+def test_fisher_interval_covers_and_p_is_uniform():
+    """On correlated normal pairs of known correlation: about 95 % coverage; p below 0.05 for 5 % of independent pairs."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 50))
+    y = 0.4 * x + np.sqrt(1 - 0.16) * rng.normal(size=x.shape)
+    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y)])
+    lower, upper, _ = fisher(r, 50)
+    assert np.mean((lower <= 0.4) & (upper >= 0.4)) == pytest.approx(0.95, abs=0.015)
+    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(x, rng.normal(size=x.shape))])
+    assert np.mean(fisher(r, 50)[2] < 0.05) == pytest.approx(0.05, abs=0.015)
+
+
+def test_benjamini_hochberg_is_the_textbook_step_up():
+    rng = np.random.default_rng(0)
+    p = np.concatenate([rng.random(200), rng.random(50) / 1000, [np.nan]])
+    q = benjamini_hochberg(p)
+    assert np.isnan(q[-1])
+    ordered = np.sort(p[:-1])
+    for level in (0.01, 0.05, 0.2):
+        passing = np.flatnonzero(ordered <= level * np.arange(1, 251) / 250)
+        limit = ordered[passing[-1]] if len(passing) else -1
+        assert np.array_equal(q[:-1] <= level + 1e-12, p[:-1] <= limit)
+
+
+def test_rivals_are_other_meanings_only():
+    r = np.array([[0.3, 0.6, 0.5]])
+    vectors = np.array([[[1.0, 0], [1.0, 0], [0.0, 1.0]]])
+    index, gain = best_rival(r, vectors, 103)
+    assert index[0] == 2  # the second concept is a synonym of the first
+    assert gain[0] == pytest.approx((np.arctanh(0.5) - np.arctanh(0.3)) * 10)
+    assert best_rival(r[:, :1], vectors[:, :1], 103)[0][0] == -1
+
+
+def stats(**columns):
+    base = {"maximum": [1.0], "minimum": [0.0], "prefix_maximum": [None]} | columns
+    names = make_table.__globals__["SCHEMAS"]["unit_stats"].names
+    zero = {"layer": ["x"], "unit": [0], "histogram": [[0]], "embedding_sum": [[0]], "embedding_sum_cubed": [[0]]}
+    return make_table("unit_stats", {n: base.get(n, zero.get(n, [0])) for n in names})
+
+
+@pytest.mark.parametrize(
+    ("columns", "rectified", "state"),
+    [
+        ({}, True, ""),
+        ({"maximum": [0.0], "minimum": [0.0]}, True, "dead"),
+        ({"maximum": [-0.01], "minimum": [-0.17]}, True, "dead"),
+        ({"maximum": [-0.01], "minimum": [-5.0]}, False, ""),
+        ({"maximum": [3.0], "minimum": [3.0]}, False, "dead"),
+        ({"maximum": [3.0], "minimum": [2.0]}, True, "always_on"),
+        ({"maximum": [0.1], "minimum": [0.0], "prefix_maximum": [9.0]}, True, "special_token_only"),
+        ({"maximum": [0.0], "minimum": [0.0], "prefix_maximum": [9.0]}, True, "special_token_only"),
+        ({"maximum": [-0.1], "minimum": [-0.1], "prefix_maximum": [-0.1]}, True, "dead"),
+        ({"maximum": [2.0], "minimum": [0.0], "prefix_maximum": [9.0]}, True, ""),
+    ],
+)
+def test_unit_states(columns, rectified, state):
+    assert unit_state(stats(**columns), rectified).tolist() == [state]
+
+
+def test_status_needs_evidence():
+    rows = {"lower": [0.2, 0.2, 0.01, 0.2, None], "rival_gain": [0.0, 3.0, 0.0, 0.0, None]}
+    names = make_table.__globals__["SCHEMAS"]["validation"].names
+    table = make_table("validation", {n: rows.get(n, [None] * 5) for n in names})
+    q = np.array([0.01, 0.01, 0.01, 0.2, np.nan])
+    off = np.array(["", "", "", "", ""])
+    assert decide(off, table, q, NeuronsSettings()).tolist() == [
+        "explained", "ambiguous", "unexplained", "unexplained", "unexplained",
+    ]  # fmt: skip
+    assert decide(np.array(["dead"] * 5), table, q, NeuronsSettings()).tolist() == ["dead"] * 5

@@ -1,0 +1,162 @@
+"""Target models and CLIP: every source loads, weights are never pickled code, the model's own preprocessing is used."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision import models
+
+from tasks.clip import Clip, ClipSettings, check_clip, clip_identity
+from tasks.precision import top_overlap
+from tasks.target import TargetSettings, load_target
+from tests import samples
+
+CPU = torch.device("cpu")
+
+
+def test_torchvision_preprocessing_is_the_weights_own():
+    target = load_target(TargetSettings("torchvision", "resnet50", pretrained=False))
+    own = models.get_model_weights("resnet50")["DEFAULT"].transforms()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 411, 3), np.uint8))
+    found = target.preprocess.normalise(torch.from_numpy(target.preprocess.pixels(image))[None])[0]
+    assert torch.equal(found, own(image))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "eva02_tiny_patch14_336"])
+def test_timm_preprocessing_is_the_models_own(name):
+    target = load_target(TargetSettings("timm", name, pretrained=False))
+    own = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model(name)), is_training=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 411, 3), np.uint8))
+    found = target.preprocess.normalise(torch.from_numpy(target.preprocess.pixels(image))[None])[0]
+    torch.testing.assert_close(found, own(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_checkpoints(tmp_path, ending, wrapped):
+    state = models.resnet18(weights=None).half().state_dict()
+    if wrapped:
+        state = {f"module.{k}": v for k, v in state.items()}
+    path = tmp_path / f"weights.{ending}"
+    if ending == "pt":
+        torch.save({"state_dict": state} if wrapped else state, path)
+    else:
+        save_file(state, path)
+    target = load_target(TargetSettings("torchvision", "resnet18", checkpoint=str(path)))
+    weight = target.model.state_dict()["conv1.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight.half(), state["module.conv1.weight" if wrapped else "conv1.weight"])
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"target.checkpoint=.*evil.pt: not weights of this model"):
+        load_target(TargetSettings("torchvision", "resnet18", checkpoint=str(tmp_path / "evil.pt")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_digest_knows_weights_and_architecture():
+    def digest(name, seed):
+        torch.manual_seed(seed)
+        return load_target(TargetSettings("torchvision", name, pretrained=False)).digest()
+
+    assert digest("resnet18", 0) == digest("resnet18", 0)
+    assert digest("resnet18", 0) != digest("resnet18", 1)
+
+
+def test_class_names():
+    assert load_target(TargetSettings("factory", "tests/models.py:planted")).class_names is None
+    labels = load_target(TargetSettings("factory", "tests/models.py:planted", class_names="tests/samples.py"))
+    assert labels.class_names
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("timm", "vit_tinny"), "target.name=vit_tinny: unknown; [0-9]+ are allowed, among them"),
+        (("torchvision", "resnet51"), "target.name=resnet51: unknown; [0-9]+ are allowed, among them .*resnet50"),
+        (("factory", "tests/models.py:nothing"), "target.name=tests/models.py:nothing: expected file.py:function"),
+        (("factory", "tests/samples.py:draw"), "target.name=tests/samples.py:draw: expected file.py:function"),
+        (("open_clip", "ViT-B-33"), "target.name=ViT-B-33: unknown; allowed are a local folder or open_clip's models"),
+    ],
+)
+def test_unknown_targets_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_target(TargetSettings(*settings))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return samples.tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def test_clip_vectors_do_not_depend_on_their_neighbours(tiny):
+    clip = Clip(ClipSettings(str(tiny)), CPU, 4)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8))
+    alone = torch.cat([pixels[:1], torch.zeros_like(pixels[1:])])
+    assert np.array_equal(clip.images(pixels)[0], clip.images(alone)[0])
+    np.testing.assert_allclose(np.linalg.norm(clip.images(pixels).astype(np.float32), axis=1), 1, atol=2e-3)
+    words = ["red", "a blue square", "x", "y", "z"]
+    together = clip.concepts(words)
+    assert np.array_equal(together[4:], clip.concepts(words[4:]))
+
+
+def test_templates_are_averaged(tiny):
+    one = Clip(ClipSettings(str(tiny), templates=["a {}"]), CPU, 4).concepts(["cat"]).astype(np.float32)
+    two = Clip(ClipSettings(str(tiny), templates=["the {}"]), CPU, 4).concepts(["cat"]).astype(np.float32)
+    both = Clip(ClipSettings(str(tiny), templates=["a {}", "the {}"]), CPU, 4).concepts(["cat"]).astype(np.float32)
+    mean = (one + two) / np.linalg.norm(one + two)
+    np.testing.assert_allclose(both, mean, atol=1e-3)
+
+
+def test_clip_identity_follows_the_bytes(tiny, tmp_path):
+    copy = samples.tiny_clip(tmp_path / "elsewhere")
+    assert clip_identity(ClipSettings(str(tiny))) == clip_identity(ClipSettings(str(copy)))
+    config = copy / "open_clip_config.json"
+    config.write_text(config.read_text().replace("0.5", "0.4"))
+    assert clip_identity(ClipSettings(str(tiny))) != clip_identity(ClipSettings(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("ViT-B-32", "mine"), "clip.pretrained=mine: unknown for ViT-B-32; allowed are a file, openai"),
+        (("some/folder", None), "clip.name=some/folder: no such folder"),
+        (("tests", None), "clip.name=tests: not an open_clip folder"),
+    ],
+)
+def test_unknown_clips_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_clip(ClipSettings(*settings))
+
+
+@pytest.mark.skipif(not samples.DATA.exists(), reason=samples.NO_DATA)
+def test_folder_with_a_hugging_face_text_tower_names_photos():
+    """A real CLIP on photos it was not trained on: at least 85 % of Imagenette's validation photos (its README: 92 %)."""
+    clip = Clip(ClipSettings(str(samples.DATA / "photo_clip")), CPU, 10)
+    import json
+
+    names = json.loads((samples.DATA / "imagenette160/names.json").read_text())
+    texts = clip.concepts(list(names.values())).astype(np.float32)
+    right = total = 0
+    for number, wnid in enumerate(names):
+        files = sorted((samples.DATA / "imagenette160/val" / wnid).iterdir())[:10]
+        pixels = [clip.preprocess.pixels(Image.open(f).convert("RGB")) for f in files]
+        found = clip.images(torch.from_numpy(np.stack(pixels))).astype(np.float32) @ texts.T
+        right += int((found.argmax(1) == number).sum())
+        total += len(files)
+    assert right >= 0.85 * total
+
+
+def test_top_overlap_counts_shared_top_images():
+    reference = torch.arange(100.0)[:, None].repeat(1, 2)
+    other = reference.clone()
+    other[:90, 1] += 1000  # unit 1 keeps 10 of its top 20 at the top at best
+    assert top_overlap(reference, reference) == 1
+    assert top_overlap(reference, other) == pytest.approx((1 + 0.5) / 2)
