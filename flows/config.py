@@ -1,7 +1,7 @@
 """Configuration: Hydra composes conf/, dataclasses validate, one line says what is wrong.
 
-In: overrides as typed (target=vit_l_16 probing.uri=photos). Out: a Config of plain dataclasses, or ValueError naming the key,
-the value and what is allowed. No OmegaConf object leaves this file.
+In: overrides as typed (target=vit_l_16 probing.uri=photos). Out: a Config of plain dataclasses, or ValueError naming the
+key, the value and what is allowed. No OmegaConf object leaves this file.
 """
 
 import dataclasses
@@ -166,8 +166,9 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     for found in chain:
-        if getattr(found, "override", None):
-            return f"{str(found.override).lstrip('+')}: {str(found).splitlines()[0]}"
+        override = getattr(found, "override", None)
+        if override:
+            return f"{str(override).lstrip('+')}: {str(found).splitlines()[0]}"
         key = getattr(found, "full_key", None)
         if key:
             given = next((o for o in overrides if o.lstrip("+").startswith(f"{key}=")), key)

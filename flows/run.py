@@ -1,6 +1,7 @@
 """Runs: small manifests that say which stage folders belong together.
 
-In: a store and a run's name. Out: `<root>/runs/<run>/run.json` with the resolved config and the fingerprint of every stage.
+In: a store and a run's name. Out: `<root>/runs/<run>/run.json` with the resolved config and the fingerprint of every
+stage.
 """
 
 import difflib
@@ -14,8 +15,8 @@ from tasks.tables import VERSION
 TABLES = {
     "listing": ("listing",),
     "probing": ("images",),
-    "image_embeddings": ("image_embeddings",),
     "vocabulary": ("concepts", "answers"),
+    "image_embeddings": ("image_embeddings",),
     "concept_embeddings": ("concept_embeddings",),
     "precision": ("precision",),
     "activations": ("candidates", "stats", "pooled"),
@@ -77,7 +78,7 @@ def load_run(store: StoreSettings, name: str) -> Run:
     """Raises ValueError naming the runs there are where this one is not."""
     found = Store(store).get_json(f"runs/{name}/run.json")
     if found is None:
-        runs = [n for n in Store(store).names("runs")]
+        runs = Store(store).names("runs")
         near = difflib.get_close_matches(name, runs, n=5, cutoff=0) or ["none yet"]
         raise ValueError(f"run={name}: no such run in {store.root}; there are {', '.join(near)}")
     return Run(name, store, found["config"], found["stages"], found["parts"])

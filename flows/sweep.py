@@ -1,13 +1,13 @@
 """The sweep: images and a model in, every neuron named. Read this file first.
 
-    probing -> image_embeddings ----------+-------------------------------+
-       |                                  |                               |
-       |       vocabulary -> concept_embeddings ----------------+         |
-       |                                  |                     |         |
-       +-> activations -> exemplars -> patches -> embeddings -> scores -> explanations -> validation -> neurons -> report
+  probing -> image_embeddings ----------+-------------------------------+
+     |                                  |                               |
+     |       vocabulary -> concept_embeddings ----------------+         |
+     |                                  |                     |         |
+     +-> activations -> exemplars -> patches -> embeddings -> scores -> explanations -> validation -> neurons -> report
 
-Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is skipped, so
-the same command finishes what an interrupted one began, and runs share the stages that they have in common.
+Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is skipped,
+so the same command finishes what an interrupted one began, and runs share the stages that they have in common.
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
 """
@@ -32,7 +32,7 @@ from tasks.neurons import NeuronsJob
 from tasks.patches import PatchesJob
 from tasks.precision import PrecisionJob, choose_dtype
 from tasks.probing import ProbingJob, list_images
-from tasks.report import ReportJob, num_parts
+from tasks.report import ReportJob, num_parts, templates
 from tasks.scores import ScoresJob
 from tasks.store import Folder, Store
 from tasks.tables import make_table
@@ -71,9 +71,8 @@ class Sweep:
         self.worked = False
 
     def run(self) -> None:
-        print(
-            f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {len(self.target.layers)} layers"
-        )
+        layers = len(self.target.layers)
+        print(f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {layers} layers")
         self.probing()
         self.vocabulary()
         self.image_embeddings()
@@ -273,18 +272,16 @@ class Sweep:
 
     def report(self) -> None:
         config, parts = self.config, num_parts(self.images, self.target.layers)
+        words = config.vocabulary.path.rsplit("/", 1)[-1] if config.vocabulary.path else config.vocabulary.source
         facts = {
             "target": f"{config.target.source} {config.target.name.rsplit('/', 1)[-1]}",
             "images": f"{len(self.images):,}, {int(self.images.ok.sum()):,} usable",
-            "vocabulary": f"{config.vocabulary.source}, {self.num_concepts:,} concepts",
+            "vocabulary": f"{words}, {self.num_concepts:,} concepts",
             "clip": config.clip.name.rstrip("/").rsplit("/", 1)[-1],
             "scorer": config.scorer.name,
         }
-        payload = asdict(config.report) | {
-            "neurons": self.manifest.stages["neurons"],
-            "run": config.run,
-            "facts": facts,
-        }
+        payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
+        payload |= {"neurons": self.manifest.stages["neurons"]}
         folder = self.manifest.plan("report", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("neurons", "scores", "exemplars", "patches", "validation")}
         job = ReportJob(

@@ -1,1 +1,1 @@
-"""Worker code: functions on tensors and tables, and the plain classes that run a stage on one part. No Ray, no Hydra."""
+"""Worker code: functions on tensors and tables, and plain classes that run a stage on one part. No Ray, no Hydra."""

@@ -3,7 +3,8 @@
 In: images, image embeddings, the target model. Out: candidates (top and bottom k per unit), stats (mergeable moments,
 histograms and sums), pooled (activations of the stored images). Memory does not grow with the number of images.
 
-Shapes: B images of a batch, G of a group of batches, U units of a layer, P positions, D dimensions of CLIP, K candidates.
+Shapes: B images of a batch, G of a group of batches, U units of a layer, P positions, D dimensions of CLIP,
+K candidates.
 """
 
 from dataclasses import dataclass
@@ -213,8 +214,8 @@ class ActivationsWorker:
             known = embeddings_ND[numbers - first] * (images.split[numbers] == "explain")[:, None]
             embeddings[slot * size : slot * size + len(numbers)] = known
         columns = (images.ok, images.split == "explain", images.stored)
-        masks = [torch.cat([self._padded(c, numbers, False) for numbers in batches]) for c in columns]
-        return Group(*masks, torch.from_numpy(embeddings).to(self.device))
+        valid, explain, stored = (torch.cat([self._padded(c, n, False) for n in batches]) for c in columns)
+        return Group(valid, explain, stored, torch.from_numpy(embeddings).to(self.device))
 
     def _tables(self, states: dict[str, LayerState]) -> tuple[dict[str, pa.Table], dict[str, list[int]]]:
         by_rank = np.argsort(self.images.order)

@@ -1,10 +1,11 @@
 """Stages embeddings and concept_embeddings: CLIP vectors of the distinct crops, and of the concepts.
 
-In: crops and images, or concepts. Out: one float16 vector of norm 1 each. Whole-image crops are not encoded again: their
-vector is the image's own.
+In: crops and images, or concepts. Out: one float16 vector of norm 1 each. Whole-image crops are not encoded again:
+their vector is the image's own.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class EmbeddingsWorker:
             numbers = ids // MAX_CROPS
             starts = np.unique(np.concatenate([np.flatnonzero(np.diff(numbers // size, prepend=-1)), [len(ids)]]))
             pixels = self._pixels(numbers, boxes)
-            found = [self._encode(pixels, stop - start) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+            found = [self._encode(pixels, stop - start) for start, stop in pairwise(starts)]
             vectors = np.concatenate(found) if found else np.zeros((0, 1), np.float16)
         table = make_table("embeddings", {"crop_id": ids, "embedding": vectors})
         with report.phase("write"):

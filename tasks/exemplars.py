@@ -1,7 +1,7 @@
 """Stage exemplars: the shards' candidates and statistics merged, one unit block at a time.
 
-In: candidates and stats of every shard. Out: exemplars (the top k images of each unit under the total order, the bottom k
-of units that go below zero) and unit_stats (one row a unit).
+In: candidates and stats of every shard. Out: exemplars (the top k images of each unit under the total order, the bottom
+k of units that go below zero) and unit_stats (one row a unit).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
 POSITION_QUANTILE = 0.995
-"""Share of positions below the threshold of a unit's map, as in Network Dissection (Bau et al. 2017, quantile 0.005)."""
+"""Share of positions below the threshold of a unit's map; as in Network Dissection (Bau et al. 2017), 0.005 are above."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ def merge_stats(shards: list[pa.Table], block: Block) -> pa.Table:
     columns |= {"minimum": stack("minimum").min(0), "maximum": stack("maximum").max(0), "low": stack("low").min(0)}
     has_prefix = shards[0]["prefix_maximum"].null_count == 0
     prefix = stack("prefix_maximum").max(0) if has_prefix else pa.nulls(len(block), pa.float32())
-    positions = sum(matrix(s["position_histogram"]) for s in shards)
+    positions = np.asarray(sum(matrix(s["position_histogram"]) for s in shards))
     columns |= {
         "layer": [block.layer] * len(block),
         "unit": np.arange(block.start, block.stop),

@@ -47,12 +47,15 @@ class ExplanationsWorker:
 
 
 def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
-    """One row per unit of the block. Weights are null_z above zero, normalised; equal where none is above zero."""
+    """One row per unit of the block.
+
+    A concept's weight is its lead over the last kept concept, normalised: in the order of the scores, whatever the
+    scorer's scale. All are equal where nothing leads.
+    """
     keep = scores.num_rows // len(block)
-    shape = (len(block), keep)
-    concepts = scores["concept"].to_numpy(zero_copy_only=False).reshape(shape)[:, :CONCEPTS]
-    score, null_z = scores["score"].to_numpy().reshape(shape), scores["null_z"].to_numpy().reshape(shape)[:, :CONCEPTS]
-    weights = np.maximum(null_z, 0)
+    concepts = scores["concept"].to_numpy(zero_copy_only=False).reshape(len(block), keep)[:, :CONCEPTS]
+    score = scores["score"].to_numpy().reshape(len(block), keep)
+    weights = (score - score[:, -1:])[:, :CONCEPTS]
     total = weights.sum(1, keepdims=True)
     weights = np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / weights.shape[1])
     first = exemplars.filter(

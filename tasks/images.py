@@ -73,7 +73,7 @@ class ImageReader:
 
 
 def image_column(schema: pa.Schema, uri: str) -> str:
-    """Name of the column with image bytes (binary, or Hugging Face's struct with `bytes`). Raises ValueError without one."""
+    """Name of the column with image bytes (binary, or Hugging Face's struct with `bytes`). Raises ValueError if none."""
     for name in sorted(schema.names, key=lambda n: (n not in IMAGE_COLUMNS, n)):
         dtype = schema.field(name).type
         if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:

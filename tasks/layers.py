@@ -1,7 +1,7 @@
 """Layers of a target model: which modules, how many units, and where in the image each position lies.
 
-In: a model and a list of presets or globs over its module paths. Out: Layers in forward order, told apart from the model
-itself by one dry run, and views of their outputs as maps [batch, units, positions].
+In: a model and a list of presets or globs over its module paths. Out: Layers in forward order, told apart from the
+model itself by one dry run, and views of their outputs as maps [batch, units, positions].
 """
 
 import re
@@ -27,7 +27,7 @@ ACTIVATION = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, n
 @dataclass
 class LayersSettings:
     names: list[str] = field(default_factory=lambda: ["mlp"])
-    """Presets (mlp, residual, conv, logits, all) and globs over module paths: * within one path step, ** over several."""
+    """Presets (mlp, residual, conv, logits, all) and globs over module paths: * within a path step, ** over several."""
     pool: str = "max"
     """How the map of an image becomes its activation: max, mean, or cls (the first prefix token)."""
 

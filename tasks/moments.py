@@ -1,7 +1,7 @@
 """Running statistics that merge: top-k under a total order, moments, histograms.
 
-In: activations of batches, tensors [batch, units]. Out: states whose merge over batches and shards does not depend on how
-the images were cut.
+In: activations of batches, tensors [batch, units]. Out: states whose merge over batches and shards does not depend on
+how the images were cut.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ EDGES = np.concatenate(
         [np.inf],
     ]
 )
-"""Edges of the histograms: four steps per octave from 2^-8 to 2^8 on both sides of zero. They never depend on the data."""
+"""Edges of the histograms: four steps per octave from 2^-8 to 2^8 on both sides of zero, whatever the data."""
 
 
 def order_keys(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Moments:
         self.histogram = torch.zeros(num_units, BINS, dtype=torch.int64, device=device)
 
     def add(self, values_BU: torch.Tensor, finite_BU: torch.Tensor, valid_B: torch.Tensor) -> None:
-        """Fold in a group of images; rows outside `valid_B` are padding, entries outside `finite_BU` are counted apart."""
+        """Fold in a group of images: rows outside `valid_B` are padding; entries outside `finite_BU` count apart."""
         x = torch.where(finite_BU, values_BU, 0).double()
         count = finite_BU.sum(0).double()
         mean = x.sum(0) / count.clamp(min=1)

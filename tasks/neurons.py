@@ -85,7 +85,7 @@ class NeuronsWorker:
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """q values (Benjamini and Hochberg 1995): the smallest false discovery rate at which each is found; NaN stays NaN."""
+    """q values (Benjamini and Hochberg 1995): smallest false discovery rate at which each is found; NaN stays NaN."""
     q = np.full(len(p), np.nan)
     known = np.flatnonzero(np.isfinite(p))
     order = known[np.argsort(p[known], kind="stable")]

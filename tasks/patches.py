@@ -79,8 +79,8 @@ class PatchesWorker:
     def _wanted(self, part: int) -> pa.Table:
         """Exemplars that lie in this shard, sorted by layer (forward order), unit, tail and rank."""
         shard, exemplars = self.images.shard(part), self.job.exemplars
-        within = [("image", ">=", shard.start), ("image", "<", shard.stop), ("rank", "<", self.job.settings.k)]
-        within.append(("tail", "in", self.job.settings.tails))
+        within: list[tuple[str, str, Any]] = [("image", ">=", shard.start), ("image", "<", shard.stop)]
+        within += [("rank", "<", self.job.settings.k), ("tail", "in", self.job.settings.tails)]
         layers = {layer.name: number for number, layer in enumerate(self.job.layers)}
         unit_stats = exemplars.read_all("unit_stats", columns=["layer", "unit", "position_quantile"])
         found = exemplars.read_all("exemplars", columns=EXEMPLAR_COLUMNS, filters=within)
@@ -91,46 +91,51 @@ class PatchesWorker:
         return found.take(order)
 
     def _boxes(self, part: int, wanted: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """float [N, 4] boxes as shares of the model's input, and float [N] active shares, in the order of `wanted`."""
+        """float [N, 4] boxes as shares of the model's input, and float [N] active shares, in the order of `wanted`.
+
+        The model runs on the batches that hold exemplars of layers with positions; other rows keep the whole input.
+        """
         column = {c: wanted[c].to_numpy(zero_copy_only=False) for c in wanted.column_names}
-        first = self.images.shard(part).start
-        batch_of, slot = np.divmod(column["image"] - first, self.images.batch_size)
-        rows_of = _group_rows(column["layer"], batch_of)
-        boxes, fractions = np.zeros((len(slot), 4)), np.zeros(len(slot))
-        batches = self.images.shard_batches(part)
-        numbers = sorted(set(batch_of.tolist()))
-        current = iter(numbers)
-        batch = next(current, None)
+        batch_of, slot = np.divmod(column["image"] - self.images.shard(part).start, self.images.batch_size)
+        rows_of = _group_rows(column["layer"], batch_of, np.flatnonzero(self._has_map(column["layer"])))
+        boxes, fractions = np.tile([0.0, 0.0, 1.0, 1.0], (len(slot), 1)), np.ones(len(slot))
+        running = sorted({batch for _, batch in rows_of})
+        current = iter(running)
+        batch = next(current, -1)
+
+        def device(values: np.ndarray, dtype: type) -> torch.Tensor:
+            return torch.from_numpy(values.astype(dtype)).to(self.device)
 
         def on_layer(layer: Layer, output: Any) -> None:
             rows = rows_of.get((layer.name, batch))
             if rows is None:
                 return
-            at = torch.from_numpy(slot[rows]).to(self.device)
-            units = torch.from_numpy(column["unit"][rows].astype(np.int64)).to(self.device)
-            sign = torch.from_numpy(np.where(column["tail"][rows] == "top", 1, -1).astype(np.float32)).to(self.device)
-            maps_MHW = layer.maps(output)[at, units].float().mul_(sign[:, None]).unflatten(1, layer.grid)
-            seeds = torch.from_numpy(column["position"][rows].astype(np.int64)).to(self.device)
-            quantiles = np.where(column["tail"][rows] == "top", column["position_quantile"][rows], -np.inf)
-            found, fraction = active_boxes(
-                maps_MHW, seeds, torch.from_numpy(quantiles.astype(np.float32)).to(self.device)
-            )
-            boxes[rows], fractions[rows] = found.cpu().numpy(), fraction.cpu().numpy()
+            top = column["tail"][rows] == "top"
+            at, units = device(slot[rows], np.int64), device(column["unit"][rows], np.int64)
+            maps_MHW = layer.maps(output)[at, units].float().unflatten(1, layer.grid)
+            maps_MHW *= device(np.where(top, 1, -1), np.float32)[:, None, None]
+            quantiles = device(np.where(top, column["position_quantile"][rows], -np.inf), np.float32)
+            found = active_boxes(maps_MHW, device(column["position"][rows], np.int64), quantiles)
+            boxes[rows], fractions[rows] = found[0].cpu().numpy(), found[1].cpu().numpy()
 
         def after_batch(_numbers: np.ndarray) -> None:
             nonlocal batch
-            batch = next(current, None)
+            batch = next(current, -1)
 
-        self.target.run(self.images, [batches[b] for b in numbers], on_layer, after_batch)
+        batches = self.images.shard_batches(part)
+        self.target.run(self.images, [batches[b] for b in running], on_layer, after_batch)
         return boxes, fractions
+
+    def _has_map(self, layers: np.ndarray) -> np.ndarray:
+        """bool, whether the layer of each row has positions."""
+        return np.isin(layers.astype(str), [layer.name for layer in self.job.layers if layer.layout != "vector"])
 
     def _tables(self, wanted: pa.Table, boxes: np.ndarray, fractions: np.ndarray) -> tuple[pa.Table, pa.Table]:
         images, crops = self.images, self.job.settings.crops
         numbers = wanted["image"].to_numpy().astype(np.int64)
         width, height = images.column("width")[numbers], images.column("height")[numbers]
         whole = np.stack([0 * width, 0 * width, width, height], 1).astype(np.float64)
-        maps = np.array([layer.name for layer in self.job.layers if layer.layout != "vector"])
-        has_map = np.isin(wanted["layer"].to_numpy(zero_copy_only=False).astype(str), maps)
+        has_map = self._has_map(wanted["layer"].to_numpy(zero_copy_only=False))
         pixels = np.where(has_map[:, None], self.target.preprocess.to_image(boxes, width, height), whole)
         snapped = snap(square(pixels, crops.context), numbers, np.stack([width, height], 1), crops.sizes)
         crop_ids = np.where(has_map, snapped, numbers * MAX_CROPS)
@@ -163,12 +168,12 @@ def _box_columns(boxes_N4: np.ndarray) -> dict[str, np.ndarray]:
     return {name: boxes_N4[:, i].astype(np.float32) for i, name in enumerate(("x0", "y0", "x1", "y1"))}
 
 
-def _group_rows(layers: np.ndarray, batches: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    """Row numbers by (layer, batch)."""
-    rows: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for row, key in enumerate(zip(layers, batches.tolist(), strict=True)):
-        rows[key].append(row)
-    return {key: np.array(found) for key, found in rows.items()}
+def _group_rows(layers: np.ndarray, batches: np.ndarray, rows: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    """Of the given rows, their numbers by (layer, batch)."""
+    found: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for row, layer, batch in zip(rows.tolist(), layers[rows], batches[rows].tolist(), strict=True):
+        found[layer, batch].append(row)
+    return {key: np.array(numbers) for key, numbers in found.items()}
 
 
 def active_boxes(

@@ -1,6 +1,7 @@
 """From the bytes of an image to the pixels a model sees, and back from model coordinates to image coordinates.
 
-In: file bytes. Out: an upright RGB image or BadImage with a reason; uint8 arrays of a model's input size; boxes in pixels.
+In: file bytes. Out: an upright RGB image or BadImage with a reason; uint8 arrays of a model's input size; boxes in
+pixels.
 """
 
 import io
@@ -17,7 +18,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 178_956_970
 """Larger images are left out (reason: too_large), as Pillow does: a small file may unpack to any amount of memory."""
 MAX_ASPECT = 32
-"""Longer strips are left out (reason: too_narrow): resizing their short side to a model's input would blow up the other."""
+"""Longer strips are left out (reason: too_narrow): resizing the short side to a model's input would blow up the other."""
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -138,7 +139,7 @@ class Preprocess:
         return x_BCHW.sub_(mean).div_(std).contiguous()
 
     def to_image(self, boxes_N4: np.ndarray, widths_N: np.ndarray, heights_N: np.ndarray) -> np.ndarray:
-        """Boxes x0, y0, x1, y1 as shares of the model's input -> pixels of images of those sizes, cut at their edges."""
+        """Boxes x0, y0, x1, y1 as shares of the model's input -> pixels of images of these sizes, cut at the edges."""
         resized = np.array([self._resized(int(w), int(h)) for w, h in zip(widths_N, heights_N, strict=True)]).reshape(
             -1, 2
         )

@@ -66,7 +66,7 @@ class PrecisionWorker:
 
 
 def top_overlap(reference_NU: torch.Tensor, other_NU: torch.Tensor) -> float:
-    """Mean over units of the share of the reference's top images that the other has too; ties go to the earlier image."""
+    """Mean over units of the share of the reference's top images that the other has too; earlier images win ties."""
     top = min(TOP, len(reference_NU))
     first, second = (x.argsort(0, descending=True, stable=True)[:top] for x in (reference_NU, other_NU))
     member = torch.zeros(reference_NU.shape, dtype=torch.bool).scatter_(0, first, True)

@@ -1,6 +1,7 @@
 """Stage probing: which images there are, whether each can be read, and its split.
 
-In: URIs of image folders, WebDataset tars or Parquet files. Out: the listing (the fixed shard list) and the images table.
+In: URIs of image folders, WebDataset tars or Parquet files. Out: the listing (the fixed shard list) and the images
+table.
 """
 
 import hashlib
@@ -109,8 +110,9 @@ def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSyst
         fs, path = fsspec.core.url_to_fs(uri, **settings.options)
         fs.invalidate_cache()
         path = path.rstrip("/")
-        if any(c in path for c in "*?[") and not fs.exists(path):
-            root, found = path[: re.search(r"[*?\[]", path).start()].rsplit("/", 1)[0], fs.glob(path, detail=True)
+        wildcard = re.search(r"[*?\[]", path)
+        if wildcard and not fs.exists(path):
+            root, found = path[: wildcard.start()].rsplit("/", 1)[0], fs.glob(path, detail=True)
         elif fs.isfile(path):
             root, found = path.rsplit("/", 1)[0], {path: fs.info(path)}
         else:
@@ -147,6 +149,7 @@ def _short_names(uris: list[str]) -> list[str]:
     if len(uris) == 1:
         return [""]
     paths = [uri.rstrip("/").split("://")[-1].split("/") for uri in uris]
+    names: list[str] = []
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(p[-depth:]) for p in paths]
         if len(set(names)) == len(names):
@@ -164,7 +167,8 @@ def _rows(fs: fsspec.AbstractFileSystem, root: str, files: list[dict], settings:
         if _ends(relative, EXTENSIONS["webdataset"]):
             rows += [place | member for member in _tar_members(fs, path, relative)]
         elif _ends(relative, EXTENSIONS["parquet"]):
-            rows += [place | {"image_id": f"{relative}/{r}", "row": r, "label": l} for r, l in _parquet_rows(fs, path)]
+            found = _parquet_rows(fs, path)
+            rows += [place | {"image_id": f"{relative}/{row}", "row": row, "label": label} for row, label in found]
         else:
             folder = relative.split("/")[-2] if "/" in relative else None
             rows.append(place | {"image_id": relative, "label": folder})
@@ -177,8 +181,8 @@ def _tar_members(fs: fsspec.AbstractFileSystem, path: str, relative: str) -> lis
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, ending = member.name.rpartition(".")
-                if ending == "cls" and member.isfile():
-                    classes[key] = tar.extractfile(member).read(100).decode(errors="replace").strip()
+                if ending == "cls" and member.isfile() and (content := tar.extractfile(member)):
+                    classes[key] = content.read(100).decode(errors="replace").strip()
                 if member.isfile() and _ends(member.name, EXTENSIONS["folder"]):
                     place = {"offset": member.offset_data, "length": member.size}
                     members.append(place | {"image_id": f"{relative}/{member.name}", "key": key})

@@ -21,7 +21,7 @@ from PIL import Image
 from tasks.crops import MAX_CROPS
 from tasks.images import ImageList, ImageReader, prefetch
 from tasks.layers import Block, Layer
-from tasks.store import Folder, PartReport
+from tasks.store import Folder, PartReport, fingerprint
 from tasks.tables import make_table
 
 STATUSES = {
@@ -82,6 +82,11 @@ class Page(NamedTuple):
 
 def num_parts(images: ImageList, layers: list[Layer]) -> int:
     return images.num_shards + len(layers) + 1
+
+
+def templates() -> str:
+    """Identity of the pages' templates, for the fingerprint: a changed look makes the pages anew."""
+    return fingerprint({path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("report_*.jinja"))})
 
 
 class ReportWorker:

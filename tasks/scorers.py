@@ -1,7 +1,7 @@
 """Scorers: how well each concept fits each unit.
 
-In: the Evidence of a few units. Out: float32 scores [units, concepts]; larger is better, and only their order within a unit
-means anything. Add one with @scorer; its keyword arguments become `scorer.params`.
+In: the Evidence of a few units. Out: float32 scores [units, concepts]; larger is better, and only their order within a
+unit means anything. Add one with @scorer; its keyword arguments become `scorer.params`.
 
 Shapes: U units, C concepts, P patches and K exemplars per unit, L levels of crop size, D dimensions of CLIP.
 """
@@ -102,7 +102,7 @@ def mean_cosine(evidence: Evidence) -> torch.Tensor:
 
 @scorer
 def contrastive(evidence: Evidence) -> torch.Tensor:
-    """How far the mean similarity of the patches lies above that of random crops, in standard errors (Evidence.null_z)."""
+    """How far the patches' mean similarity lies above that of random crops, in standard errors (Evidence.null_z)."""
     return evidence.null_z()
 
 
@@ -110,8 +110,8 @@ def contrastive(evidence: Evidence) -> torch.Tensor:
 def weighted_mean(evidence: Evidence) -> torch.Tensor:
     """Cosine of the centred concept with the activation-weighted, centred mean image vector of the unit.
 
-    w = sum_x a(x)^3 (e(x) - mean e) over all explain images, pooled activation a and image vector e, so every image counts
-    and not only the exemplars; the cube lets the strong ones lead. score = cos(w, t_c - mean t). Ours.
+    w = sum_x a(x)^3 (e(x) - mean e) over all explain images, pooled activation a and image vector e, so every image
+    counts and not only the exemplars; the cube lets the strong ones lead. score = cos(w, t_c - mean t). Ours.
     """
     centred_CD = evidence.concepts_CD - evidence.concepts_CD.mean(0)
     return F.normalize(evidence.weighted_UD, dim=1) @ F.normalize(centred_CD, dim=1).T
@@ -123,9 +123,9 @@ def soft_wpmi(
 ) -> torch.Tensor:
     """Soft weighted pointwise mutual information of CLIP-Dissect (Oikarinen and Weng, ICLR 2023, section 3.3).
 
-    P(c | x) = softmax_c(a cos(x, c)) for the exemplars x, whole images; p_x falls linearly from p_start to p_end with the
-    rank: log p(unit | c) = sum_x log(1 + p_x (P(c | x) - 1)). The stage subtracts the log of its mean over all units of
-    the layer. Defaults as published (top 100 images, a = 10).
+    P(c | x) = softmax_c(a cos(x, c)) for the exemplars x, whole images; p_x falls linearly from p_start to p_end with
+    the rank: log p(unit | c) = sum_x log(1 + p_x (P(c | x) - 1)). The stage subtracts the log of its mean over all
+    units of the layer. Defaults as published (top 100 images, a = 10).
     """
     exemplars = evidence.exemplars_UKD[:, :top_k]
     has = evidence.has_exemplar_UK[:, :top_k]

@@ -1,13 +1,14 @@
 """Parquet objects on local disk or object storage.
 
-In: tables and the folder of a stage. Out: one object per part, `<root>/<stage>/<fingerprint>/<table>/part-NNNNN.parquet`,
-encoded in memory and put once, so an object that is there is complete. The first-named table of a stage is put last:
-its part says that the shard is done.
+In: tables and the folder of a stage. Out: one object per part,
+`<root>/<stage>/<fingerprint>/<table>/part-NNNNN.parquet`, encoded in memory and put once, so an object that is there is
+complete. The first-named table of a stage is put last: its part says that the shard is done.
 """
 
 import hashlib
 import io
 import json
+import mimetypes
 import os
 import re
 import time
@@ -41,8 +42,8 @@ class StoreSettings:
         refuse_secrets("store.options", self.options)
 
 
-def refuse_secrets(name: str, options: dict[str, Any]) -> None:
-    """ValueError where an option, at any depth, is a secret by its name: options are written into the run's manifest."""
+def refuse_secrets(name: str, options: Mapping[str, Any]) -> None:
+    """ValueError where an option, at any depth, is a secret by its name: options are written into the manifest."""
     for key, value in options.items():
         if re.fullmatch(SECRET, str(key), re.IGNORECASE):
             raise ValueError(f"{name}.{key}: secrets come from the environment (AWS_SECRET_ACCESS_KEY, ...)")
@@ -67,7 +68,9 @@ class Store:
     def put(self, name: str, data: bytes) -> None:
         path = self.path(name)
         if not self.local:
-            self.fs.pipe_file(path, data)
+            kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+            on_s3 = "s3" in self.fs.protocol  # other file systems have no such argument
+            self.fs.pipe_file(path, data, **({"ContentType": kind} if on_s3 else {}))  # a browser opens pages by it
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         hidden = f"{os.path.dirname(path)}/.{uuid.uuid4().hex}.tmp"

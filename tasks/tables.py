@@ -147,7 +147,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     | {
         "phrase": (STR, "the best concept; null where a unit has no patches"),
         "concepts": (pa.list_(STR), "best concepts, best first"),
-        "weights": (pa.list_(F32), "their weights: null_z above zero, normalised to sum 1"),
+        "weights": (pa.list_(F32), "their weights: lead over the last kept concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
     },

@@ -137,10 +137,11 @@ def _timm(settings: TargetSettings) -> Target:
         raise ValueError(
             "target.preprocess.resize is missing: the model pads its images; allowed are cover, squash, contain"
         )
-    size = tuple(own["input_size"][1:])
-    to = tuple(int(np.floor(s / own["crop_pct"])) for s in size)
+    height, width = own["input_size"][1:]
+    to = int(np.floor(height / own["crop_pct"])), int(np.floor(width / own["crop_pct"]))
     resize = "squash" if own["crop_mode"] == "squash" else "cover"
-    preprocess = Preprocess(size, to, resize, own["interpolation"], tuple(own["mean"]), tuple(own["std"]))
+    mean, std = tuple(own["mean"]), tuple(own["std"])
+    preprocess = Preprocess((height, width), to, resize, own["interpolation"], mean, std)
     imagenet = ImageNetInfo() if getattr(model, "num_classes", 0) == 1000 and settings.pretrained else None
     names = imagenet and [imagenet.index_to_description(i) for i in range(1000)]
     return Target(model, preprocess, names)
@@ -161,7 +162,8 @@ def _factory(settings: TargetSettings) -> Target:
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location("axonym_factory_" + Path(place).stem, os.path.abspath(place))
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:

@@ -1,7 +1,7 @@
 """Stage validation: does the name predict the unit on images that did not make it?
 
-In: explanations, pooled activations and image embeddings of the held-out splits. Out: one row a unit: the correlation on
-validate with its interval and p value, and the best rival concept on select.
+In: explanations, pooled activations and image embeddings of the held-out splits. Out: one row a unit: the correlation
+on validate with its interval and p value, and the best rival concept on select.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def _nullable(values: np.ndarray, dtype: pa.DataType) -> pa.Array:
 
 
 def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
-    """Pearson correlation float64 [U, C] of every row of a with every column of s; NaN where one is constant or N < 4."""
+    """Pearson correlation float64 [U, C] of each row of a with each column of s; NaN where one is constant or N < 4."""
     if a_UN.shape[1] < 4:
         return np.full((len(a_UN), s_NC.shape[1]), np.nan)
     a, s = a_UN.astype(np.float64), s_NC.astype(np.float64)
@@ -115,9 +115,10 @@ def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
 
 
 def fisher(r: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """95 % interval and one-sided p of no positive correlation: atanh(r) is normal with deviation 1 / sqrt(count - 3)."""
+    """95 % interval and one-sided p of no positive correlation: atanh(r) is normal, deviation 1 / sqrt(count - 3)."""
     if count < 4:
-        return (np.full(len(r), np.nan),) * 3
+        unknown = np.full(len(r), np.nan)
+        return unknown, unknown, unknown
     z, deviation = np.arctanh(r.clip(-0.999999, 0.999999)), 1 / np.sqrt(count - 3)
     return np.tanh(z - 1.96 * deviation), np.tanh(z + 1.96 * deviation), norm.sf(z / deviation)
 

@@ -1,4 +1,4 @@
-"""Small target models whose answers are known by construction; the tests name them as factories (tests/models.py:planted)."""
+"""Small target models with answers known by construction; the tests name them as factories (tests/models.py:planted)."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ SIZE = (64, 96)
 
 
 class Planted(nn.Module):
-    """Units of known meaning: conv 0 red, 1 brightness, 2 dead, 3 always one value, 4 never above zero, 5 blue minus 2."""
+    """Units of known meaning: conv 0 red, 1 brightness, 2 dead, 3 one value always, 4 never above 0, 5 blue minus 2."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -119,7 +119,7 @@ WORDS = ["red", "green", "blue", "yellow", "noise", "circle", "square", "a red c
 
 
 def sweep_arguments(folder: Path) -> list[str]:
-    """Overrides of a whole sweep over drawn images, seconds long; makes the images, the CLIP and the words in `folder`."""
+    """Overrides of a whole sweep over drawn images, seconds long; makes images, CLIP and words in `folder`."""
     photos = draw_folder(folder / "photos", 45)
     (folder / "words.txt").write_text("\n".join(WORDS))
     return [

@@ -1,4 +1,4 @@
-"""Activations and exemplars equal a slow, obvious reference: unit by unit, rank by rank, on drawn images and on photos."""
+"""Activations and exemplars equal a slow, obvious reference: unit by unit, rank by rank, on drawn images and photos."""
 
 import numpy as np
 import pytest

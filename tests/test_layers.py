@@ -103,7 +103,7 @@ def test_cls_pooling_needs_a_cls_token():
 
 def test_tokens_that_fit_no_grid_are_refused():
     with pytest.raises(
-        ValueError, match="target.prefix_tokens=3: layer blocks.0.mlp.act has 197 tokens; 3 prefix tokens leave 194"
+        ValueError, match=r"target.prefix_tokens=3: layer blocks.0.mlp.act has 197 tokens; 3 prefix tokens leave 194"
     ):
         layers("timm", "vit_tiny_patch16_224", "mlp", prefix_tokens=3)
 

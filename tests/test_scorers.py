@@ -1,4 +1,4 @@
-"""Every scorer equals a slow reference written from its formula; the stage's marginal does not depend on the sharding."""
+"""Every scorer equals a slow reference written from its formula; the stage's marginal is the same for any sharding."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def slow(name, a, unit, concept):
     c = a["concepts_CD"][concept].astype(np.float64)
     patches = [
         (p, level)
-        for p, level, has in zip(a["patches_UPD"][unit], a["levels_UP"][unit], a["has_patch_UP"][unit])
+        for p, level, has in zip(a["patches_UPD"][unit], a["levels_UP"][unit], a["has_patch_UP"][unit], strict=True)
         if has
     ]
     if name == "mean_cosine":
@@ -54,7 +54,7 @@ def slow(name, a, unit, concept):
         return w @ t / np.linalg.norm(w) / np.linalg.norm(t)
     assert name == "soft_wpmi"
     total = 0.0
-    for rank, (x, has) in enumerate(zip(a["exemplars_UKD"][unit], a["has_exemplar_UK"][unit])):
+    for rank, (x, has) in enumerate(zip(a["exemplars_UKD"][unit], a["has_exemplar_UK"][unit], strict=True)):
         if has:
             likely = np.exp(10 * a["concepts_CD"].astype(np.float64) @ x)
             inside = 0.998 - rank / 100 * (0.998 - 0.97)
@@ -96,14 +96,14 @@ def test_correlations_are_pearsons(seed, count):
 
 
 def test_fisher_interval_covers_and_p_is_uniform():
-    """On correlated normal pairs of known correlation: about 95 % coverage; p below 0.05 for 5 % of independent pairs."""
+    """On normal pairs of known correlation: about 95 % coverage; p below 0.05 for 5 % of independent pairs."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 50))
     y = 0.4 * x + np.sqrt(1 - 0.16) * rng.normal(size=x.shape)
-    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y)])
+    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)])
     lower, upper, _ = fisher(r, 50)
     assert np.mean((lower <= 0.4) & (upper >= 0.4)) == pytest.approx(0.95, abs=0.015)
-    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(x, rng.normal(size=x.shape))])
+    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(x, rng.normal(size=x.shape), strict=True)])
     assert np.mean(fisher(r, 50)[2] < 0.05) == pytest.approx(0.05, abs=0.015)
 
 

@@ -1,8 +1,5 @@
 """One neuron in the terminal: what is shown, what is refused, and nothing that a terminal would obey."""
 
-import subprocess
-import sys
-
 import pytest
 
 from flows.run import Run
@@ -65,8 +62,3 @@ def test_show_refuses_an_unfinished_run(run):
     del run.stages["neurons"]
     with pytest.raises(ValueError, match=r"^run=night: the neurons are not finished \(none there\)"):
         show(run, "head", 0)
-
-
-def test_show_needs_no_torch():
-    code = "import sys, flows.show; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.config import compose
-from flows.run import load_run
+from flows.run import TABLES, load_run
 from flows.stage import StageFailed, Work, run_stage
 from flows.sweep import Sweep
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["listing", "probing", "vocabulary", "image_embeddings", "concept_embeddings", "activations", "exemplars", "patches", "embeddings", "scores", "explanations", "validation", "neurons", "report"]
+STAGES = [stage for stage in TABLES if stage != "precision"]  # which runs on a GPU only
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_unit_has_exactly_one_row(reference):
     assert by_unit["relu", 4]["status"] == "dead"
     assert by_unit["relu", 2]["phrase"] is None
     assert by_unit["relu", 3]["status"] == "dead"  # the same value whatever the image
-    assert all(n["phrase"] in samples.WORDS + ["red circle"] for n in neurons if n["status"] != "dead")
+    assert all(n["phrase"] in [*samples.WORDS, "red circle"] for n in neurons if n["status"] != "dead")
     assert all(abs(sum(n["weights"]) - 1) < 1e-5 for n in neurons)
     images = run.folder("probing").read_all("images").to_pylist()
     assert Counter(i["status"] for i in images) == {"ok": 46, "not_an_image": 1}
@@ -83,7 +83,7 @@ def test_missing_part_alone_is_made_again(drawn, reference, tmp_path, capsys):
     capsys.readouterr()
     assert sweep(drawn, tmp_path, "cluster=none").worked
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line.startswith("activations")][0].split()[1:3] == ["1", "parts"]
+    assert next(line for line in out.splitlines() if line.startswith("activations")).split()[1:3] == ["1", "parts"]
     assert out.count("done already") == len(STAGES) - 2  # all but the listing, which is silent, and activations
     assert_same_tables(reference, tmp_path)
 
@@ -185,7 +185,7 @@ def test_sigkill_in_each_stage_then_the_same_tables(drawn, reference, tmp_path):
 
 
 def test_killed_ray_workers_are_replaced(drawn, reference, tmp_path, monkeypatch):
-    """A worker that dies once is replaced and its part made again; one that always dies is reported, the rest is kept."""
+    """A worker that dies once is replaced and its part made again; one that always dies is reported, the rest kept."""
     marker = tmp_path / "died"
     monkeypatch.setenv("AXONYM_TEST_MARKER", str(marker))
     store = tmp_path / "store"

@@ -138,7 +138,7 @@ def test_unknown_clips_are_refused(settings, message):
 
 @pytest.mark.skipif(not samples.DATA.exists(), reason=samples.NO_DATA)
 def test_folder_with_a_hugging_face_text_tower_names_photos():
-    """A real CLIP on photos it was not trained on: at least 85 % of Imagenette's validation photos (its README: 92 %)."""
+    """A real CLIP on photos it was not trained on: at least 85 % of Imagenette's validation photos (README: 92 %)."""
     clip = Clip(ClipSettings(str(samples.DATA / "photo_clip")), CPU, 10)
     import json
 
