@@ -1,7 +1,7 @@
 """Configuration: Hydra composes conf/, dataclasses validate, one line says what is wrong.
 
-In: overrides as typed (target=vit_l_16 probing.uri=photos). Out: a Config of plain dataclasses, or ValueError naming the
-key, the value and what is allowed. No OmegaConf object leaves this file.
+In: overrides as typed (target=vit_l_16 probing.uri=photos). Out: a Config of plain dataclasses, or ValueError naming
+the key, the value and what is allowed. No OmegaConf object leaves this file.
 """
 
 import dataclasses

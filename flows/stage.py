@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -214,7 +214,7 @@ def _host(need: Resources, worker: str, job: Any) -> Any:
         actor = IDLE.pop()[1]
     else:
         options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory, "max_restarts": 0}
-        actor = ray.remote(Host).options(**options).remote()
+        actor = cast(Any, ray.remote(Host).options(**options).remote())  # its types miss methods
     actor.prepare.remote(worker, job)
     return actor
 

@@ -6,8 +6,8 @@
      |                                  |                     |         |
      +-> activations -> exemplars -> patches -> embeddings -> scores -> explanations -> validation -> neurons -> report
 
-Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is skipped,
-so the same command finishes what an interrupted one began, and runs share the stages that they have in common.
+Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is
+skipped, so the same command finishes what an interrupted one began, and runs share the stages they have in common.
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
 """

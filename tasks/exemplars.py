@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from tasks.images import ImageList
@@ -17,7 +18,7 @@ from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
 POSITION_QUANTILE = 0.995
-"""Share of positions below the threshold of a unit's map; as in Network Dissection (Bau et al. 2017), 0.005 are above."""
+"""Share of positions below the threshold of a unit's map, as in Network Dissection (Bau et al. 2017: 0.005 above)."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ class ExemplarsWorker:
 
 
 def _tail(candidates: pa.Table, tail: str) -> pa.Table:
-    return candidates.filter(pa.compute.equal(candidates["tail"], tail))
+    return candidates.filter(pc.call_function("equal", [candidates["tail"], tail]))
 
 
 def merge_candidates(shards: list[pa.Table], tail: str, k: int, images: ImageList) -> pa.Table:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.layers import Block
 from tasks.store import Folder, PartReport
@@ -58,9 +59,8 @@ def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
     weights = (score - score[:, -1:])[:, :CONCEPTS]
     total = weights.sum(1, keepdims=True)
     weights = np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / weights.shape[1])
-    first = exemplars.filter(
-        pa.compute.and_(pa.compute.equal(exemplars["tail"], "top"), pa.compute.less(exemplars["rank"], EXEMPLARS))
-    )
+    first = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))
+    first = first.filter(pc.call_function("less", [first["rank"], EXEMPLARS]))
     ids = {unit: [] for unit in range(block.start, block.stop)}
     for unit, image_id in zip(first["unit"].to_pylist(), first["image_id"].to_pylist(), strict=True):
         ids[unit].append(image_id)

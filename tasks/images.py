@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -38,10 +38,10 @@ class ImageReader:
             return self._parquet_bytes(uri, row)
         fs, path = self._place(uri)
         if offset is None or length is None:
-            return fs.cat_file(path)
+            return cast(bytes, fs.cat_file(path))
         if length == 0:  # on S3 an empty range is the whole file
             return b""
-        return fs.cat_file(path, start=offset, end=offset + length)
+        return cast(bytes, fs.cat_file(path, start=offset, end=offset + length))
 
     def _place(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, _ = fsspec.core.url_to_fs(uri.partition("::")[0], **self.options)  # '::' in a file name is no chain of URIs
@@ -73,7 +73,7 @@ class ImageReader:
 
 
 def image_column(schema: pa.Schema, uri: str) -> str:
-    """Name of the column with image bytes (binary, or Hugging Face's struct with `bytes`). Raises ValueError if none."""
+    """Name of the column with image bytes (binary, or Hugging Face's struct with `bytes`). ValueError without one."""
     for name in sorted(schema.names, key=lambda n: (n not in IMAGE_COLUMNS, n)):
         dtype = schema.field(name).type
         if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:

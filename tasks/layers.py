@@ -107,7 +107,16 @@ class _Axes(TorchFunctionMode):
     """
 
     FIRST = frozenset(
-        ["conv2d", "conv_transpose2d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"]
+        [
+            "conv2d",
+            "conv_transpose2d",
+            "batch_norm",
+            "group_norm",
+            "max_pool2d",
+            "avg_pool2d",
+            "adaptive_avg_pool2d",
+            "interpolate",
+        ]
     )
     LAST = frozenset(["linear", "layer_norm", "rms_norm"])
 
@@ -258,8 +267,9 @@ def _layer(
 def prefix_tokens(model: nn.Module) -> int:
     """Tokens in front of the patch tokens, as the model states them (timm, torchvision and open_clip conventions)."""
     for module in model.modules():
-        if isinstance(getattr(module, "num_prefix_tokens", None), int):
-            return module.num_prefix_tokens
+        count = getattr(module, "num_prefix_tokens", None)
+        if isinstance(count, int):
+            return count
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         found = [own[n] for n in ("class_token", "cls_token", "class_embedding") if n in own]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
@@ -86,7 +87,7 @@ class PatchesWorker:
         found = exemplars.read_all("exemplars", columns=EXEMPLAR_COLUMNS, filters=within)
         found = found.join(unit_stats, ["layer", "unit"])
         place = np.array([layers[name] for name in found["layer"].to_pylist()], np.int64)
-        tail = pa.compute.equal(found["tail"], "bottom").to_numpy()
+        tail = pc.call_function("equal", [found["tail"], "bottom"]).to_numpy()
         order = np.lexsort((found["rank"].to_numpy(), tail, found["unit"].to_numpy(), place))
         return found.take(order)
 

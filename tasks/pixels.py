@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 178_956_970
 """Larger images are left out (reason: too_large), as Pillow does: a small file may unpack to any amount of memory."""
 MAX_ASPECT = 32
-"""Longer strips are left out (reason: too_narrow): resizing the short side to a model's input would blow up the other."""
+"""Longer strips are left out (reason: too_narrow): fitting the short side to a model's input would blow up the long."""
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,

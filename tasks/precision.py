@@ -68,7 +68,7 @@ class PrecisionWorker:
 def top_overlap(reference_NU: torch.Tensor, other_NU: torch.Tensor) -> float:
     """Mean over units of the share of the reference's top images that the other has too; earlier images win ties."""
     top = min(TOP, len(reference_NU))
-    first, second = (x.argsort(0, descending=True, stable=True)[:top] for x in (reference_NU, other_NU))
+    first, second = (x.argsort(dim=0, descending=True, stable=True)[:top] for x in (reference_NU, other_NU))
     member = torch.zeros(reference_NU.shape, dtype=torch.bool).scatter_(0, first, True)
     return float(member.gather(0, second).float().mean())
 

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
@@ -178,7 +178,7 @@ def _rows(fs: fsspec.AbstractFileSystem, root: str, files: list[dict], settings:
 def _tar_members(fs: fsspec.AbstractFileSystem, path: str, relative: str) -> list[dict]:
     members, classes = [], {}
     try:
-        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with cast(BinaryIO, fs.open(path, "rb")) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, ending = member.name.rpartition(".")
                 if ending == "cls" and member.isfile() and (content := tar.extractfile(member)):
@@ -217,7 +217,7 @@ def _labels(settings: ProbingSettings) -> dict[str, str]:
     if settings.labels is None:
         return {}
     try:
-        with fsspec.open(settings.labels, "rt", **settings.options) as file:
+        with cast(fsspec.core.OpenFile, fsspec.open(settings.labels, "rt", **settings.options)) as file:
             text = file.read()
         if settings.labels.endswith(".json"):
             return {name: str(label) for name, label in json.loads(text).items()}

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from tasks.crops import MAX_CROPS
@@ -128,7 +129,7 @@ class ScoresWorker:
         block, params = self.job.blocks[part], self.job.settings.params
         patches = self._patches(part)
         exemplars = self.job.exemplars.read("exemplars", part, columns=["unit", "tail", "rank", "image"])
-        exemplars = exemplars.filter(pa.compute.equal(exemplars["tail"], "top"))
+        exemplars = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))
         stats = self.job.exemplars.read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
         for start in range(block.start, block.stop, CHUNK):
             units = np.arange(start, min(start + CHUNK, block.stop))
@@ -139,7 +140,7 @@ class ScoresWorker:
         columns = ["unit", "tail", "rank", "crop_id"]
         shards = range(self.job.images.num_shards)
         found = pa.concat_tables([self.job.patches.read("patches", s, columns=columns, group=part) for s in shards])
-        return found.filter(pa.compute.equal(found["tail"], "top"))
+        return found.filter(pc.call_function("equal", [found["tail"], "top"]))
 
     def _evidence(self, units: np.ndarray, patches: pa.Table, exemplars: pa.Table, stats: pa.Table) -> Evidence:
         ids, vectors, levels = self.crops

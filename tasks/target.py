@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -124,7 +124,8 @@ def _torchvision(settings: TargetSettings) -> Target:
 
 def _timm(settings: TargetSettings) -> Target:
     import timm
-    from timm.data import ImageNetInfo, resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
+    from timm.data.imagenet_info import ImageNetInfo
 
     if not timm.is_model(settings.name.split(".")[0]):
         raise unknown("target.name", settings.name, timm.list_models())
@@ -184,11 +185,11 @@ LOADERS = {"torchvision": _torchvision, "timm": _timm, "open_clip": _open_clip, 
 
 def _load_weights(model: nn.Module, path: str) -> None:
     try:
-        with fsspec.open(path, "rb") as file:
+        with cast(fsspec.core.OpenFile, fsspec.open(path, "rb")) as file:
             if path.endswith(".safetensors"):
                 import safetensors.torch
 
-                state = safetensors.torch.load(file.read())
+                state = cast(dict[str, Any], safetensors.torch.load(file.read()))
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         for wrapper in ("state_dict", "model", "model_state_dict"):
@@ -202,7 +203,7 @@ def _load_weights(model: nn.Module, path: str) -> None:
 
 def _read_names(path: str) -> list[str]:
     try:
-        with fsspec.open(path, "rt") as file:
+        with cast(fsspec.core.OpenFile, fsspec.open(path, "rt")) as file:
             text = file.read()
         names = json.loads(text) if path.endswith(".json") else text.strip().splitlines()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Small target models with answers known by construction; the tests name them as factories (tests/models.py:planted)."""
+"""Small target models with answers known by construction; tests name them as factories (tests/models.py:planted)."""
 
 import torch
 from torch import nn

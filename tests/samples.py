@@ -20,25 +20,28 @@ NO_DATA = "the shared test data (photos and weights that may not be redistribute
 COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
 
 
-def draw(number: int) -> Image.Image:
-    """Photo-like picture `number`: noise, a coloured shape, one of a few sizes."""
+def draw(number: int, scale: int = 1) -> Image.Image:
+    """Photo-like picture `number`: a plain, striped or checkered noisy ground, a coloured shape, one of a few sizes."""
     rng = np.random.default_rng(number)
     width, height = [(96, 64), (120, 80), (64, 96), (80, 80)][number % 4]
-    noise = rng.normal(110, 30, (height, width, 3)).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(noise)
-    x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
+    width, height = width * scale, height * scale
+    y, x = np.mgrid[:height, :width] // (6 * scale)
+    ground = [0 * x, x % 2, (x + y) % 2][number % 3][..., None] * rng.uniform(40, 90, 3)
+    noise = rng.normal(110, 30 / scale, (height, width, 3)) + ground - 20
+    image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+    left, top = int(rng.integers(0, width // 2)), int(rng.integers(0, height // 2))
     colour = list(COLOURS.values())[number % len(COLOURS)]
     shape = ImageDraw.Draw(image).ellipse if number % 2 else ImageDraw.Draw(image).rectangle
-    shape([int(x), int(y), int(x) + width // 3, int(y) + height // 3], fill=colour)
+    shape([left, top, left + width // 3, top + height // 3], fill=colour)
     return image
 
 
-def draw_folder(folder: Path, count: int) -> Path:
+def draw_folder(folder: Path, count: int, scale: int = 1) -> Path:
     """`count` drawn PNG files in class folders by colour, one more that is no image, and one exact duplicate."""
     for number in range(count):
         place = folder / list(COLOURS)[number % len(COLOURS)]
         place.mkdir(parents=True, exist_ok=True)
-        draw(number).save(place / f"{number:04d}.png")
+        draw(number, scale).save(place / f"{number:04d}.png")
     (folder / "red" / "broken.png").write_bytes(b"not an image")
     (folder / "red" / "copy.png").write_bytes((folder / "red" / "0000.png").read_bytes())
     return folder

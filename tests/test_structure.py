@@ -7,10 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGE_MODULES = (
-    "probing vocabulary image_embeddings embeddings activations precision exemplars patches scores explanations "
-    "validation neurons report"
-).split()
-FORBIDDEN = {"flows": {"torch", "open_clip", "vllm", "timm", "torchvision"}, "tasks": {"ray", "hydra", "omegaconf", "flows"}}
+    "probing", "vocabulary", "image_embeddings", "embeddings", "activations", "precision", "exemplars", "patches",
+    "scores", "explanations", "validation", "neurons", "report",
+)  # fmt: skip
+FORBIDDEN = {
+    "flows": {"torch", "open_clip", "vllm", "timm", "torchvision"},
+    "tasks": {"ray", "hydra", "omegaconf", "flows"},
+}
 MODULES = [path for folder in FORBIDDEN for path in sorted((ROOT / folder).glob("*.py"))]
 
 
