@@ -19,7 +19,7 @@ RECTIFIED = -0.376
 SPECIAL = 0.05
 """A unit belongs to the special tokens if on patches it never reaches this share of its peak on prefix tokens."""
 ALWAYS = 0.5
-"""A unit is always on if no image leaves it below this share of its largest activation."""
+"""A unit is always on if it is above zero everywhere and never falls below this share of its largest activation."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ def unit_state(stats: pa.Table, rectified: bool) -> np.ndarray:
     if rectified:
         dead |= np.maximum(maximum, np.nan_to_num(prefix, nan=-np.inf)) <= 0
     special = (prefix > 0) & (maximum <= SPECIAL * prefix)
-    always = (minimum > 0) & (minimum >= ALWAYS * maximum)
+    always = (stats["low"].to_numpy() > 0) & (minimum >= ALWAYS * maximum)
     return np.select([special & ~(dead & (prefix <= 0)), dead, always], ["special_token_only", "dead", "always_on"], "")
 
 

@@ -185,7 +185,7 @@ def test_sigkill_in_each_stage_then_the_same_tables(drawn, reference, tmp_path):
 
 
 def test_killed_ray_workers_are_replaced(drawn, reference, tmp_path, monkeypatch):
-    """A worker that dies once is replaced and its part made again; one that always dies is reported, the rest kept."""
+    """A worker that dies once is replaced and its part made again."""
     marker = tmp_path / "died"
     monkeypatch.setenv("AXONYM_TEST_MARKER", str(marker))
     store = tmp_path / "store"
@@ -196,6 +196,17 @@ def test_killed_ray_workers_are_replaced(drawn, reference, tmp_path, monkeypatch
     assert marker.exists()
     sweep(drawn, store, "cluster=local", "cluster.num_cpus=2")
     assert_same_tables(reference, store)
+
+
+def test_worker_that_always_dies_is_reported(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("AXONYM_TEST_MARKER", str(tmp_path / "never/there"))
+    more = ["cluster=local", "cluster.num_cpus=2", "cluster.default.retries=1"]
+    flow = Sweep(compose([*drawn, f"store.root={tmp_path}", *more]))
+    run_until_activations(flow)
+    flow._stage = dying(flow._stage, "tests.test_sweep:AlwaysDies")
+    with pytest.raises(StageFailed, match=r"part 1: its worker died 2 times"):
+        flow.activations()
+    assert flow.folder("activations").done() == {0, 2}
 
 
 def test_part_that_always_fails_is_reported(drawn, tmp_path):
@@ -233,6 +244,13 @@ class DiesOnce:
     def run(self, part):
         if part == 1 and not os.path.exists(self.marker):
             Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.worker.run(part)
+
+
+class AlwaysDies(DiesOnce):
+    def run(self, part):
+        if part == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.worker.run(part)
 
