@@ -108,13 +108,15 @@ def contrastive(evidence: Evidence) -> torch.Tensor:
 
 @scorer
 def weighted_mean(evidence: Evidence) -> torch.Tensor:
-    """Cosine of the centred concept with the activation-weighted, centred mean image vector of the unit.
+    """Activation-weighted mean of the image's similarity to the concept, standardised per concept. Ours.
 
-    w = sum_x a(x)^3 (e(x) - mean e) over all explain images, pooled activation a and image vector e, so every image
-    counts and not only the exemplars; the cube lets the strong ones lead. score = cos(w, t_c - mean t). Ours.
+    score = sum_x a(x)^3 (s_c(x) - mean s_c) / std s_c, up to a factor of the unit, over all explain images x with
+    pooled activation a and similarity s_c(x) = cos(e(x), c): every image counts and not only the exemplars, and the
+    cube lets the strong ones lead. It needs no similarity of single images, because the sum is w . c with
+    w = sum_x a(x)^3 (e(x) - mean e). Dividing by the concept's own spread keeps concepts to which everything varies a
+    lot from winning everywhere.
     """
-    centred_CD = evidence.concepts_CD - evidence.concepts_CD.mean(0)
-    return F.normalize(evidence.weighted_UD, dim=1) @ F.normalize(centred_CD, dim=1).T
+    return F.normalize(evidence.weighted_UD, dim=1) @ evidence.concepts_CD.T / evidence.null_std_LC[0]
 
 
 @pmi

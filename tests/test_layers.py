@@ -34,7 +34,7 @@ def layers(source, name, *names, pool="max", **more):
         ("timm", "vit_tiny_patch16_224", "mlp", ("blocks.0.mlp.act", 768, "tokens", (14, 14), 1), 9216),
         ("timm", "vit_small_patch14_reg4_dinov2", "mlp", ("blocks.0.mlp.act", 1536, "tokens", (37, 37), 5), 18432),
         ("timm", "eva02_tiny_patch14_224", "mlp", ("blocks.0.mlp.norm", 512, "tokens", (16, 16), 1), 6144),
-        ("timm", "convnext_atto", "mlp", ("stages.0.blocks.0.mlp.act", 160, "chw", (56, 56), 0), 6400),
+        ("timm", "convnext_atto", "mlp", ("stages.0.blocks.0.mlp.act", 160, "chw", (56, 56), 0), 7360),
         ("timm", "swin_tiny_patch4_window7_224", "residual", ("layers.0.blocks.0", 96, "hwc", (56, 56), 0), 4416),
         ("open_clip", "ViT-B-32", "mlp", ("transformer.resblocks.0.mlp.gelu", 3072, "tokens", (7, 7), 1), 36864),
     ],

@@ -50,8 +50,8 @@ def slow(name, a, unit, concept):
         above = sum(float(p @ c) - a["null_mean_LC"][level, concept] for p, level in patches)
         return above / max(np.sqrt(sum(a["null_std_LC"][level, concept] ** 2 for _, level in patches)), 1e-6)
     if name == "weighted_mean":
-        w, t = a["weighted_UD"][unit].astype(np.float64), c - a["concepts_CD"].astype(np.float64).mean(0)
-        return w @ t / np.linalg.norm(w) / np.linalg.norm(t)
+        w = a["weighted_UD"][unit].astype(np.float64)
+        return w @ c / np.linalg.norm(w) / a["null_std_LC"][0, concept]
     assert name == "soft_wpmi"
     total = 0.0
     for rank, (x, has) in enumerate(zip(a["exemplars_UKD"][unit], a["has_exemplar_UK"][unit], strict=True)):
