@@ -28,7 +28,7 @@ from tasks.target import TargetSettings
 from tasks.vocabulary import VocabularySettings
 
 CONF = Path(next(iter(conf.__path__)))
-TEXTS = ("run", "text", "layer", "vocabulary.domain")
+TEXTS = ("run", "vocabulary.domain")
 """Keys whose values are free text: quoted for Hydra, so that run=1e5 stays a text."""
 
 
