@@ -24,7 +24,7 @@ from tasks.clip import check_clip, clip_identity
 from tasks.embeddings import CONCEPTS_PER_PART, ConceptEmbeddingsJob, EmbeddingsJob
 from tasks.exemplars import ExemplarsJob
 from tasks.explanations import ExplanationsJob
-from tasks.forward import Description, describe
+from tasks.forward import Description, TargetPass, describe
 from tasks.image_embeddings import ImageEmbeddingsJob
 from tasks.images import ImageList
 from tasks.layers import unit_blocks
@@ -164,7 +164,7 @@ class Sweep:
         self.dtype = "float32"
         if on_gpu:
             folder = self.manifest.plan("precision", self._target_payload(), 1, MODEL)
-            job = PrecisionJob(folder, self.images, config.target, self.target.layers, config.cluster.threads)
+            job = PrecisionJob(folder, self._target_pass())
             self._stage(folder, "precision:PrecisionWorker", job, 1, 1, "model")
             self.dtype = choose_dtype(folder)
 
@@ -178,24 +178,18 @@ class Sweep:
             "unit_block": self.config.unit_block,
         }
 
+    def _target_pass(self) -> TargetPass:
+        config = self.config
+        return TargetPass(self.images, config.target, self.target.layers, self.dtype, config.cluster.threads)
+
     def activations(self) -> None:
         config, parts = self.config, self.images.num_shards
         payload = self._target_payload() | asdict(config.activations)
         payload |= {"pool": config.layers.pool, "dtype": self.dtype, "pooled_max": config.probing.pooled_max}
         payload |= {"image_embeddings": self.manifest.stages["image_embeddings"]}
         folder = self.manifest.plan("activations", payload, parts, MODEL)
-        job = ActivationsJob(
-            folder,
-            self.images,
-            self.folder("image_embeddings"),
-            config.target,
-            self.dtype,
-            self.target.layers,
-            self.blocks,
-            config.layers.pool,
-            config.activations,
-            config.cluster.threads,
-        )
+        read = self.folder("image_embeddings")
+        job = ActivationsJob(folder, self._target_pass(), read, self.blocks, config.layers.pool, config.activations)
         self._stage(folder, "activations:ActivationsWorker", job, parts, len(self.images), "image")
 
     def exemplars(self) -> None:
@@ -208,17 +202,7 @@ class Sweep:
         config, parts = self.config, self.images.num_shards
         payload = asdict(config.patches) | {"exemplars": self.manifest.stages["exemplars"]}
         folder = self.manifest.plan("patches", payload, parts, MODEL)
-        job = PatchesJob(
-            folder,
-            self.images,
-            self.folder("exemplars"),
-            config.target,
-            self.dtype,
-            self.target.layers,
-            self.blocks,
-            config.patches,
-            config.cluster.threads,
-        )
+        job = PatchesJob(folder, self._target_pass(), self.folder("exemplars"), self.blocks, config.patches)
         self._stage(folder, "patches:PatchesWorker", job, parts, len(self.images), "image")
 
     def embeddings(self) -> None:

@@ -14,13 +14,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tasks.forward import HookedTarget, worker_device
-from tasks.images import ImageList
+from tasks.forward import HookedTarget, TargetPass
 from tasks.layers import Block, Layer
 from tasks.moments import BINS, EMPTY, Moments, TopK, count_bins, key_values, order_keys
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
-from tasks.target import TargetSettings
 
 GROUP = 8
 """Batches folded into the running statistics at once; cut on the global number of the batch."""
@@ -39,15 +37,11 @@ class ActivationsSettings:
 @dataclass
 class ActivationsJob:
     out: Folder
-    images: ImageList
+    model: TargetPass
     image_embeddings: Folder
-    target: TargetSettings
-    dtype: str
-    layers: list[Layer]
     blocks: list[Block]
     pool: str
     settings: ActivationsSettings
-    threads: int
 
 
 class LayerState:
@@ -149,9 +143,9 @@ class ActivationsWorker:
     """One pass of the target model over a shard."""
 
     def __init__(self, job: ActivationsJob) -> None:
-        self.job, self.images = job, job.images
-        self.device = worker_device(job.threads)
-        self.target = HookedTarget(job.target, job.layers, job.dtype, self.device)
+        self.job, self.images = job, job.model.images
+        self.target = HookedTarget(job.model)
+        self.device = self.target.device
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
@@ -163,7 +157,7 @@ class ActivationsWorker:
         with report.phase("compute"):
             width = embeddings_ND.shape[1]
             k, pool = self.job.settings.k, self.job.pool
-            states = {x.name: LayerState(x, k, width, pool, self.device) for x in self.job.layers}
+            states = {x.name: LayerState(x, k, width, pool, self.device) for x in self.job.model.layers}
             self._pass(part, states, embeddings_ND, first)
         with report.phase("write"):
             tables, groups = self._tables(states)
@@ -194,7 +188,7 @@ class ActivationsWorker:
                 group.clear()
             batch = batch if last else next(current)
 
-        self.target.run(self.images, batches, on_layer, after_batch)
+        self.target.run(batches, on_layer, after_batch)
 
     def _padded(self, values: np.ndarray, numbers: np.ndarray, fill: Any) -> torch.Tensor:
         padded = np.full(self.images.batch_size, fill, dtype=values.dtype)

@@ -22,26 +22,38 @@ def worker_device(threads: int) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@dataclass
+class TargetPass:
+    """What a stage needs to run the target model over images."""
+
+    images: ImageList
+    target: TargetSettings
+    layers: list[Layer]
+    dtype: str
+    threads: int
+    """Torch threads on a CPU."""
+
+
 class HookedTarget:
     """The target model on the worker's device, with its chosen layers."""
 
-    def __init__(self, settings: TargetSettings, layers: list[Layer], dtype: str, device: torch.device) -> None:
-        target = load_target(settings)
-        self.layers = {layer.name: layer for layer in layers}
-        self.preprocess, self.device, self.dtype = target.preprocess, device, DTYPES[dtype]
-        self.model = target.model.to(device, self.dtype)
+    def __init__(self, work: TargetPass) -> None:
+        target = load_target(work.target)
+        self.device, self.dtype = worker_device(work.threads), DTYPES[work.dtype]
+        self.layers = {layer.name: layer for layer in work.layers}
+        self.images, self.preprocess = work.images, target.preprocess
+        self.model = target.model.to(self.device, self.dtype)
 
     @torch.inference_mode()
     def run(
         self,
-        images: ImageList,
         batches: list[np.ndarray],
         on_layer: Callable[[Layer, Any], None],
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
         """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
         with hooked(self.model, list(self.layers), lambda name, output: on_layer(self.layers[name], output)):
-            for numbers, pixels in zip(batches, images.batches(batches, self.preprocess), strict=True):
+            for numbers, pixels in zip(batches, self.images.batches(batches, self.preprocess), strict=True):
                 self.model(self.preprocess.normalise(pixels.to(self.device)).to(self.dtype))
                 after_batch(numbers)
 

@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from tasks.crops import MAX_CROPS, CropSettings, crop_grid, snap, square
-from tasks.forward import HookedTarget, worker_device
-from tasks.images import ImageList
+from tasks.forward import HookedTarget, TargetPass
 from tasks.layers import Block, Layer
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
-from tasks.target import TargetSettings
 
 PEAK_SHARE = 0.5
 """The active part of a map is what reaches this share of its peak, and the unit's position quantile."""
@@ -47,23 +45,19 @@ class PatchesSettings:
 @dataclass
 class PatchesJob:
     out: Folder
-    images: ImageList
+    model: TargetPass
     exemplars: Folder
-    target: TargetSettings
-    dtype: str
-    layers: list[Layer]
     blocks: list[Block]
     settings: PatchesSettings
-    threads: int
 
 
 class PatchesWorker:
     """Recomputes the maps of the exemplar images of a shard and cuts their active part out."""
 
     def __init__(self, job: PatchesJob) -> None:
-        self.job, self.images = job, job.images
-        self.device = worker_device(job.threads)
-        self.target = HookedTarget(job.target, job.layers, job.dtype, self.device)
+        self.job, self.images = job, job.model.images
+        self.target = HookedTarget(job.model)
+        self.device = self.target.device
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
@@ -82,7 +76,7 @@ class PatchesWorker:
         shard, exemplars = self.images.shard(part), self.job.exemplars
         within: list[tuple[str, str, Any]] = [("image", ">=", shard.start), ("image", "<", shard.stop)]
         within += [("rank", "<", self.job.settings.k), ("tail", "in", self.job.settings.tails)]
-        layers = {layer.name: number for number, layer in enumerate(self.job.layers)}
+        layers = {layer.name: number for number, layer in enumerate(self.job.model.layers)}
         unit_stats = exemplars.read_all("unit_stats", columns=["layer", "unit", "position_quantile"])
         found = exemplars.read_all("exemplars", columns=EXEMPLAR_COLUMNS, filters=within)
         found = found.join(unit_stats, ["layer", "unit"])
@@ -124,12 +118,12 @@ class PatchesWorker:
             batch = next(current, -1)
 
         batches = self.images.shard_batches(part)
-        self.target.run(self.images, [batches[b] for b in running], on_layer, after_batch)
+        self.target.run([batches[b] for b in running], on_layer, after_batch)
         return boxes, fractions
 
     def _has_map(self, layers: np.ndarray) -> np.ndarray:
         """bool, whether the layer of each row has positions."""
-        return np.isin(layers.astype(str), [layer.name for layer in self.job.layers if layer.layout != "vector"])
+        return np.isin(layers.astype(str), [layer.name for layer in self.job.model.layers if layer.layout != "vector"])
 
     def _tables(self, wanted: pa.Table, boxes: np.ndarray, fractions: np.ndarray) -> tuple[pa.Table, pa.Table]:
         images, crops = self.images, self.job.settings.crops
@@ -149,11 +143,10 @@ class PatchesWorker:
         numbers, places = np.divmod(crop_ids, MAX_CROPS)
         width, height = self.images.column("width"), self.images.column("height")
         grids = [crop_grid(int(width[i]), int(height[i]), self.job.settings.crops.sizes) for i in numbers]
-        boxes, levels = zip(
-            *[(boxes[p], levels[p]) for (boxes, levels), p in zip(grids, places, strict=True)], strict=True
-        )
-        columns = {"crop_id": crop_ids, "image": numbers, "level": np.array(levels)}
-        return make_table("crops", columns | _box_columns(np.array(boxes)))
+        chosen = [(boxes[p], levels[p]) for (boxes, levels), p in zip(grids, places, strict=True)]
+        columns = {"crop_id": crop_ids, "image": numbers, "level": [level for _, level in chosen]}
+        boxes = np.array([box for box, _ in chosen]).reshape(-1, 4)  # also where a shard has no exemplars
+        return make_table("crops", columns | _box_columns(boxes))
 
     def _groups(self, patches: pa.Table) -> list[int]:
         """Rows of each unit block; the table is sorted by layer and unit."""

@@ -4,17 +4,14 @@ In: a hash-fixed sample of images, the target model. Out: one row per format wit
 keeps. Half precision makes ties and reorders exemplars, more so in some models than in others, so it is measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from tasks.forward import HookedTarget, worker_device
-from tasks.images import ImageList
-from tasks.layers import Layer
+from tasks.forward import HookedTarget, TargetPass
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
-from tasks.target import TargetSettings
 
 SAMPLE, TOP = 512, 20
 KEEPS = 0.95
@@ -24,17 +21,14 @@ KEEPS = 0.95
 @dataclass
 class PrecisionJob:
     out: Folder
-    images: ImageList
-    target: TargetSettings
-    layers: list[Layer]
-    threads: int
+    model: TargetPass
 
 
 class PrecisionWorker:
     """Runs the sample in each format."""
 
     def __init__(self, job: PrecisionJob) -> None:
-        self.job, self.device = job, worker_device(job.threads)
+        self.job = job
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
@@ -50,7 +44,7 @@ class PrecisionWorker:
 
     def _peaks(self, dtype: str) -> torch.Tensor:
         """float32 [N, U], peak of every unit on the sample."""
-        images, target = self.job.images, HookedTarget(self.job.target, self.job.layers, dtype, self.device)
+        images, target = self.job.model.images, HookedTarget(replace(self.job.model, dtype=dtype))
         known = np.flatnonzero(images.ok)
         sample = np.sort(known[np.argsort(images.order[known])][:SAMPLE])
         rows: list[torch.Tensor] = []
@@ -61,7 +55,7 @@ class PrecisionWorker:
             current.clear()
 
         batches = [sample[i : i + images.batch_size] for i in range(0, len(sample), images.batch_size)]
-        target.run(images, batches, lambda x, out: current.append(x.maps(out).amax(2).float()), after_batch)
+        target.run(batches, lambda x, out: current.append(x.maps(out).amax(2).float()), after_batch)
         return torch.cat(rows)
 
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from tasks.activations import ActivationsJob, ActivationsSettings, ActivationsWorker
 from tasks.exemplars import ExemplarsJob, ExemplarsWorker
-from tasks.forward import describe
+from tasks.forward import TargetPass, describe
 from tasks.images import ImageList
 from tasks.layers import LayersSettings, unit_blocks
 from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images
@@ -84,7 +84,8 @@ def collect(
     blocks = unit_blocks(found, unit_block)
     out = Folder(store, "activations", "x", ("candidates", "stats", "pooled"))
     embeddings, settings = random_embeddings(root, images), ActivationsSettings(k)
-    job = ActivationsJob(out, images, embeddings, target, "float32", found, blocks, layers.pool, settings, 1)
+    model = TargetPass(images, target, found, "float32", 1)
+    job = ActivationsJob(out, model, embeddings, blocks, layers.pool, settings)
     worker = ActivationsWorker(job)
     for part in range(images.num_shards):
         worker.run(part)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from tasks.forward import HookedTarget
 from tasks.layers import LayersSettings
@@ -20,11 +19,11 @@ TOKENS = TargetSettings("factory", "tests/models.py:tokens", preprocess={"size":
 
 def dense(job, images):
     """Every layer's maps as one array per layer [N, U, P], by running the same batches and keeping everything."""
-    maps = {layer.name: [] for layer in job.layers}
-    prefix = {layer.name: [] for layer in job.layers}
-    target = HookedTarget(job.target, job.layers, "float32", torch.device("cpu"))
+    maps = {layer.name: [] for layer in job.model.layers}
+    prefix = {layer.name: [] for layer in job.model.layers}
+    target = HookedTarget(job.model)
     batches = [b for part in range(images.num_shards) for b in images.shard_batches(part)]
-    sizes = iter([len(b) for b in batches for _ in job.layers])
+    sizes = iter([len(b) for b in batches for _ in job.model.layers])
 
     def keep(layer, output):
         size = next(sizes)
@@ -32,7 +31,7 @@ def dense(job, images):
         if layer.prefix:
             prefix[layer.name].append(layer.prefix_maps(output)[:size].numpy().copy())
 
-    target.run(images, batches, keep, lambda _: None)
+    target.run(batches, keep, lambda _: None)
     return {n: np.concatenate(m) for n, m in maps.items()}, {n: np.concatenate(p) for n, p in prefix.items() if p}
 
 
@@ -47,8 +46,8 @@ def check_against_reference(job, merged, images, k):
     for row in exemplars:
         found.setdefault((row["layer"], row["unit"], row["tail"]), []).append(row)
     stats = {(r["layer"], r["unit"]): r for r in merged.out.read_all("unit_stats").to_pylist()}
-    assert len(stats) == sum(layer.num_units for layer in job.layers)
-    for layer in job.layers:
+    assert len(stats) == sum(layer.num_units for layer in job.model.layers)
+    for layer in job.model.layers:
         for unit in range(layer.num_units):
             m = maps[layer.name][:, unit]
             value = m.max(1)
@@ -92,7 +91,7 @@ def check_pooled(job, images):
         for row in job.out.read("pooled", part).to_pylist():
             values = rows.setdefault((row["layer"], row["unit"]), [])
             values += [v * row["scale"] for v in row["activation"]]
-    for layer in job.layers:
+    for layer in job.model.layers:
         for unit in range(layer.num_units):
             expected = maps[layer.name][stored, unit].max(1)
             np.testing.assert_allclose(rows[layer.name, unit], expected, rtol=1e-3, atol=np.abs(expected).max() / 1000)

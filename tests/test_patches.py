@@ -121,9 +121,9 @@ def test_token_map_is_right_to_the_token(tmp_path, layer, registers):
 
 def patches(root, job, merged, settings_):
     out = Folder(StoreSettings(str(root)), "patches", "x", ("patches", "crops"))
-    work = PatchesJob(out, job.images, merged.out, job.target, "float32", job.layers, job.blocks, settings_, 1)
+    work = PatchesJob(out, job.model, merged.out, job.blocks, settings_)
     worker = PatchesWorker(work)
-    for part in range(job.images.num_shards):
+    for part in range(job.model.images.num_shards):
         worker.run(part)
     return out.read_all("patches").to_pylist()
 
