@@ -57,3 +57,7 @@ def main() -> int:
         print(f"axonym: {name}: no such flow; allowed are {', '.join(FLOWS)}", file=sys.stderr)
         return 2
     return run_flow(lambda args: importlib.import_module(f"flows.{name}").main(args), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

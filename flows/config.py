@@ -130,9 +130,9 @@ def _check(override: str) -> str:
     kind = _walk(key)
     if key in TEXTS and value[:1] not in "'\"" and value not in ("null", ""):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    stage = re.fullmatch(r"(cluster\.stages\.\w+)\.(\w+)", key)  # OmegaConf makes no dataclass inside a dict by itself
-    if stage:
-        return f"++{stage[1]}={{{stage[2]}:{value}}}"
+    stage = re.fullmatch(r"cluster\.stages\.(\w+)\.(\w+)", key)
+    if stage:  # OmegaConf makes a dataclass inside a dict only when a whole dict is merged
+        return f"++cluster.stages={{{stage[1]}:{{{stage[2]}:{value}}}}}"
     free = kind is Any or get_origin(kind) is dict  # Hydra adds keys to a free dict only when told to
     return f"{'++' if free else ''}{key}={value}"
 

@@ -7,6 +7,7 @@ stage.
 import difflib
 import importlib.metadata
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tasks.store import Folder, Store, StoreSettings, fingerprint
@@ -43,10 +44,17 @@ class Run:
     """Fingerprint of each stage that has been planned, in order."""
     parts: dict[str, int] = field(default_factory=dict)
     """Number of parts of each stage."""
+    changes: dict[str, str] = field(default_factory=dict)
+    """Why a stage has another folder than it had when this run was last named: the fields that differ."""
 
     @property
     def path(self) -> str:
         return f"runs/{self.name}/run.json"
+
+    @cached_property
+    def previous(self) -> dict[str, Any]:
+        """The manifest as it was before this process wrote to it."""
+        return Store(self.store).get_json(self.path) or {"stages": {}, "changes": {}}
 
     def folder(self, stage: str) -> Folder:
         return Folder(self.store, stage, self.stages[stage], TABLES[stage])
@@ -58,19 +66,23 @@ class Run:
         """
         versions = {name: importlib.metadata.version(name) for name in libraries}
         payload = {"settings": payload, "versions": versions, "tables": VERSION}
-        previous = (Store(self.store).get_json(self.path) or {}).get("stages", {}).get(stage)
+        before = self.previous["stages"].get(stage)
         self.stages[stage], self.parts[stage] = fingerprint({"stage": stage} | payload), parts
         folder = self.folder(stage)
         if folder.store.get_json(f"{folder.name}/stage.json") is None:
             folder.store.put_json(f"{folder.name}/stage.json", payload)
-        if previous and previous != folder.fingerprint:
-            before = folder.store.get_json(f"{stage}/{previous}/stage.json") or {}
-            print(f"{stage}: a new folder, because {', '.join(differences(before, payload)) or 'its inputs'} changed")
+        if before == folder.fingerprint:
+            self.changes |= {k: v for k, v in self.previous["changes"].items() if k == stage}
+        elif before is not None:
+            old = folder.store.get_json(f"{stage}/{before}/stage.json") or {}
+            self.changes[stage] = ", ".join(differences(old, payload))
+            print(f"{stage}: a new folder, because of {self.changes[stage]}")
         return folder
 
     def save(self) -> None:
         """Write the manifest. It holds no secrets: the config has none."""
         found = {"run": self.name, "config": self.config, "stages": self.stages, "parts": self.parts}
+        found["changes"] = self.changes
         Store(self.store).put_json(self.path, found)
 
 
@@ -81,7 +93,7 @@ def load_run(store: StoreSettings, name: str) -> Run:
         runs = Store(store).names("runs")
         near = difflib.get_close_matches(name, runs, n=5, cutoff=0) or ["none yet"]
         raise ValueError(f"run={name}: no such run in {store.root}; there are {', '.join(near)}")
-    return Run(name, store, found["config"], found["stages"], found["parts"])
+    return Run(name, store, found["config"], found["stages"], found["parts"], found["changes"])
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -104,7 +104,7 @@ class Host:
             report = self.worker.run(part)
             report.peak_mib = _peak_mib()
             out = self.job.out
-            out.store.put_json(f"{out.name}/stats/part-{part:05d}.json", asdict(report))
+            out.store.put_json(f"{out.name}/reports/part-{part:05d}.json", asdict(report))
             return report
         except Exception as error:
             log.exception("%s part %d failed", self.path, part)

@@ -19,6 +19,8 @@ def main(arguments: list[str]) -> int:
         done = len(folder.done())
         mark = "done" if done >= parts else "open"
         print(f"  {stage:<18} {done:>4} of {parts:<4} {mark}  {folder.name}  {_statistics(folder)}")
+        if stage in run.changes:
+            print(f"  {'':<18} a new folder, because of {run.changes[stage]}")
     return 0
 
 
@@ -26,8 +28,8 @@ def _statistics(folder: Folder) -> str:
     """Seconds by phase and skipped counts, summed over the finished parts."""
     seconds: dict[str, float] = {}
     skipped: dict[str, int] = {}
-    for name in folder.store.names(f"{folder.name}/stats"):
-        found = folder.store.get_json(f"{folder.name}/stats/{name}") or {}
+    for name in folder.store.names(f"{folder.name}/reports"):
+        found = folder.store.get_json(f"{folder.name}/reports/{name}") or {}
         for total, key in ((seconds, "seconds"), (skipped, "skipped")):
             for what, value in found.get(key, {}).items():
                 total[what] = total.get(what, 0) + value

@@ -98,7 +98,11 @@ def test_runs_share_common_stages(drawn, reference, tmp_path):
     assert {stage for stage, n in folders.items() if n == 2} == {
         "vocabulary", "concept_embeddings", "scores", "explanations", "validation", "neurons", "report",
     }  # fmt: skip
-    sweep(drawn, tmp_path, "cluster=none", "patches.k=3", "run=third")
+    sweep(drawn, tmp_path, "cluster=none", "patches.k=3")
+    run = load_run(compose(["probing.uri=x", f"store.root={tmp_path}"]).store, "drawn")
+    assert run.changes["patches"] == "k (4 -> 3)"
+    assert "patches" in run.changes["embeddings"]
+    assert "activations" not in run.changes
     assert len(list((tmp_path / "activations").iterdir())) == 1
     assert len(list((tmp_path / "patches").iterdir())) == 2
 
