@@ -156,6 +156,7 @@ def generate(settings: "VocabularySettings", prompts: list[Prompt]) -> list[tupl
 
     engine = ENGINE | settings.engine
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its progress is not ours
     if not torch.cuda.is_available():
         # In this process: on a CPU the engine's own process costs 30 s of start and 2 GB.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
