@@ -243,7 +243,7 @@ class Sweep:
         payload = {stage: self.manifest.stages[stage] for stage in read}
         folder = self.manifest.plan("validation", payload, parts, ("numpy", "scipy"))
         folders = {stage: self.folder(stage) for stage in read}
-        job = ValidationJob(folder, self.images, **folders, blocks=self.blocks)
+        job = ValidationJob(folder, self.images, **folders, blocks=self.blocks, threads=self.config.cluster.threads)
         self._stage(folder, "validation:ValidationWorker", job, parts, self.num_units, "unit")
 
     def neurons(self) -> None:

@@ -9,8 +9,10 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import torch
 from scipy.stats import norm
 
+from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
 from tasks.store import Folder, PartReport
@@ -30,6 +32,7 @@ class ValidationJob:
     concept_embeddings: Folder
     explanations: Folder
     blocks: list[Block]
+    threads: int
 
 
 class ValidationWorker:
@@ -37,6 +40,7 @@ class ValidationWorker:
 
     def __init__(self, job: ValidationJob) -> None:
         self.job = job
+        worker_device(job.threads)
 
     @cached_property
     def vectors(self) -> tuple[np.ndarray, dict[str, int]]:
@@ -70,7 +74,7 @@ class ValidationWorker:
         correlation_UR = {}
         for name in ("select", "validate"):
             chosen = split == name
-            similarity = self.images_ND[stored[chosen]] @ vectors_CD[np.unique(concepts_UR)].T
+            similarity = product(self.images_ND[stored[chosen]], vectors_CD[np.unique(concepts_UR)].T)
             place = np.searchsorted(np.unique(concepts_UR), concepts_UR)
             correlation_UR[name] = np.take_along_axis(correlations(pooled_US[:, chosen], similarity), place, 1)
         count = {name: int((split == name).sum()) for name in correlation_UR}
@@ -111,7 +115,12 @@ def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
     a, s = a - a.mean(1, keepdims=True), s - s.mean(0)
     norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(s, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(norms > 0, a @ s / norms, np.nan).clip(-1, 1)
+        return np.where(norms > 0, product(a, s) / norms, np.nan).clip(-1, 1)
+
+
+def product(a_NK: np.ndarray, b_KM: np.ndarray) -> np.ndarray:
+    """Matrix product by torch, whose threads the worker sets; NumPy takes its own from the environment."""
+    return (torch.from_numpy(np.ascontiguousarray(a_NK)) @ torch.from_numpy(np.ascontiguousarray(b_KM))).numpy()
 
 
 def fisher(r: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,5 +1,9 @@
 """Every scorer equals a slow reference written from its formula; the stage's marginal is the same for any sharding."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +97,26 @@ def test_correlations_are_pearsons(seed, count):
             assert found[u, c] == pytest.approx(np.corrcoef(a[u], s[:, c])[0, 1], abs=1e-9)
     assert np.isnan(found[2]).all()
     assert np.isnan(correlations(a[:, :3], s[:3])).all()
+
+
+THREADED = """
+import sys, numpy as np, torch
+from tasks.validation import correlations
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+sys.stdout.buffer.write(correlations(rng.normal(size=(57, 512)), rng.normal(size=(512, 700))).tobytes())
+"""
+
+
+def test_correlations_do_not_depend_on_the_environment():
+    """Ray sets OMP_NUM_THREADS=1, a plain process does not; the bytes must be the same."""
+    found = []
+    for threads in ("1", "2"):
+        env = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        run = subprocess.run([sys.executable, "-c", THREADED], env=env, capture_output=True, check=True)
+        found.append(run.stdout)
+    assert len(found[0]) == 57 * 700 * 8
+    assert found[0] == found[1]
 
 
 def test_fisher_interval_covers_and_p_is_uniform():
