@@ -54,7 +54,7 @@ class Run:
     @cached_property
     def previous(self) -> dict[str, Any]:
         """The manifest as it was before this process wrote to it."""
-        return Store(self.store).get_json(self.path) or {"stages": {}, "changes": {}}
+        return Store(self.store).get_json(self.path) or {"stages": {}}
 
     def folder(self, stage: str) -> Folder:
         return Folder(self.store, stage, self.stages[stage], TABLES[stage])
@@ -72,7 +72,7 @@ class Run:
         if folder.store.get_json(f"{folder.name}/stage.json") is None:
             folder.store.put_json(f"{folder.name}/stage.json", payload)
         if before == folder.fingerprint:
-            self.changes |= {k: v for k, v in self.previous["changes"].items() if k == stage}
+            self.changes |= {k: v for k, v in self.previous.get("changes", {}).items() if k == stage}
         elif before is not None:
             old = folder.store.get_json(f"{stage}/{before}/stage.json") or {}
             self.changes[stage] = ", ".join(differences(old, payload))
@@ -93,7 +93,7 @@ def load_run(store: StoreSettings, name: str) -> Run:
         runs = Store(store).names("runs")
         near = difflib.get_close_matches(name, runs, n=5, cutoff=0) or ["none yet"]
         raise ValueError(f"run={name}: no such run in {store.root}; there are {', '.join(near)}")
-    return Run(name, store, found["config"], found["stages"], found["parts"], found["changes"])
+    return Run(name, store, found["config"], found["stages"], found["parts"], found.get("changes", {}))
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
