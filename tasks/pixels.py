@@ -20,6 +20,9 @@ MAX_PIXELS = 178_956_970
 MAX_ASPECT = 32
 """Longer strips are left out (reason: too_narrow): fitting the short side to a model's input would blow up the long."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Only these are tried, whatever the file's ending: Pillow would hand others (EPS) to programs of the machine."""
+
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -51,7 +54,7 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage("too_large")

@@ -506,3 +506,11 @@ def test_boxes_of_many_images_at_once_are_those_of_each():
 
 def test_no_boxes():
     assert Preprocess().to_image(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, int)).shape == (0, 4)
+
+
+def test_formats_that_call_other_programs_are_not_tried():
+    """EPS is drawn by Ghostscript; here it is not an image, whatever the file is called."""
+    eps = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(eps, "EPS")
+    with pytest.raises(BadImage, match="not_an_image"):
+        decode(eps.getvalue())
