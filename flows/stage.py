@@ -230,14 +230,21 @@ def release_hosts(keep: Resources | None) -> None:
 
 
 def start_ray(cluster: ClusterSettings) -> None:
-    """Join the cluster, or start one on this machine with its ports on loopback and without the dashboard."""
+    """Join the cluster, or start one on this machine with its ports on loopback and without the dashboard.
+
+    Raises ValueError naming cluster.address where no cluster answers there.
+    """
     import ray
 
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if cluster.address:
-        ray.init(address=cluster.address, log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            ray.init(address=cluster.address, logging_level=logging.WARNING)
+        except (OSError, RuntimeError, ValueError) as error:
+            hint = "is Ray running there, with the same RAY_AUTH_MODE and token?"
+            raise ValueError(f"cluster.address={cluster.address}: {hint} {' '.join(str(error).split())}") from None
     else:
         ray.init(
             num_cpus=cluster.num_cpus,

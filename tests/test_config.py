@@ -115,6 +115,15 @@ def test_mistakes_end_the_command_and_write_nothing(tmp_path):
         assert not (tmp_path / "store").exists()
 
 
+def test_no_cluster_to_join_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where "auto" looks for a running cluster
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = axonym("sweep", *samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=join")
+    assert done.returncode == 2
+    assert "axonym: cluster.address=auto: is Ray running there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_command_line_sweep_show_and_status(tmp_path):
     arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store"]
     done = axonym("sweep", "--multirun", *arguments, "cluster=none", "scorer=contrastive,mean_cosine")
