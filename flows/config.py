@@ -108,11 +108,6 @@ def multirun(overrides: list[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices)]
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as plain values; it never holds secrets (StoreSettings refuses them)."""
-    return dataclasses.asdict(config)
-
-
 def groups() -> list[str]:
     return sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
 

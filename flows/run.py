@@ -71,12 +71,13 @@ class Run:
         folder = self.folder(stage)
         if folder.store.get_json(f"{folder.name}/stage.json") is None:
             folder.store.put_json(f"{folder.name}/stage.json", payload)
-        if before == folder.fingerprint:
-            self.changes |= {k: v for k, v in self.previous.get("changes", {}).items() if k == stage}
-        elif before is not None:
+        why = self.previous.get("changes", {}).get(stage)
+        if before not in (None, folder.fingerprint):
             old = folder.store.get_json(f"{stage}/{before}/stage.json") or {}
-            self.changes[stage] = ", ".join(differences(old, payload))
-            print(f"{stage}: a new folder, because of {self.changes[stage]}")
+            why = ", ".join(differences(old, payload))
+            print(f"{stage}: a new folder, because of {why}")
+        if why:
+            self.changes[stage] = why
         return folder
 
     def save(self) -> None:

@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-from flows.config import Config, compose, multirun, to_dict
+from flows.config import Config, compose, multirun
 from flows.run import Run
 from flows.stage import Work, run_stage
 from tasks.activations import ActivationsJob
@@ -60,12 +60,14 @@ class Sweep:
     def __init__(self, config: Config) -> None:
         """Look at everything that can be wrong before anything is written or started. Raises ValueError."""
         self.config = config
-        self.manifest = Run(str(config.run), config.store, to_dict(config))
+        self.manifest = Run(str(config.run), config.store, asdict(config))
         self.rows, self.stamp = list_images(config.probing)
         check_clip(config.clip)
+        self.clip = clip_identity(config.clip)
         self.target: Description = describe(config.target, config.layers)
-        self.class_names = self.target.class_names or sorted({r["label"] for r in self.rows if r["label"]})
-        identity(config.vocabulary, self.class_names)  # raises where its file or model is not there
+        names = self.target.class_names or sorted({r["label"] for r in self.rows if r["label"]})
+        self.class_names = names if config.vocabulary.uses_class_names else []
+        self.words = identity(config.vocabulary, self.class_names)  # raises where its file or model is not there
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
@@ -126,22 +128,21 @@ class Sweep:
         if bad > limit * len(status):
             reasons = ", ".join(sorted(set(status) - {"ok"}))
             raise ValueError(f"probing.max_skipped={limit}: {bad} of {len(status)} images cannot be used ({reasons})")
-        if not (self.images.split == "explain").any():
+        if not self.images.explain.any():
             raise ValueError(f"probing.explain={self.config.probing.explain}: no usable image falls into this split")
 
     def vocabulary(self) -> None:
         settings = self.config.vocabulary
-        names = self.class_names if settings.uses_class_names else []
-        payload = asdict(settings) | {"identity": identity(settings, names)}
+        payload = asdict(settings) | {"identity": self.words}
         del payload["path"], payload["model"]  # where they lie is no matter; what they hold is in the identity
         folder = self.manifest.plan("vocabulary", payload, 1)
-        job = VocabularyJob(folder, settings, names)
+        job = VocabularyJob(folder, settings, self.class_names)
         self._stage(folder, "vocabulary:VocabularyWorker", job, 1, 1, "vocabulary", settings.source == "vllm")
         self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
 
     def image_embeddings(self) -> None:
         config, parts = self.config, self.images.num_shards
-        payload = {"data": self.data, "clip": clip_identity(config.clip)}
+        payload = {"data": self.data, "clip": self.clip}
         folder = self.manifest.plan("image_embeddings", payload, parts, CLIP)
         job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
         self._stage(folder, "image_embeddings:ImageEmbeddingsWorker", job, parts, len(self.images), "image")
@@ -149,7 +150,7 @@ class Sweep:
     def concept_embeddings(self) -> None:
         config, parts = self.config, -(-self.num_concepts // CONCEPTS_PER_PART)
         batch = config.probing.batch_size
-        payload = {"vocabulary": self.manifest.stages["vocabulary"], "clip": clip_identity(config.clip)}
+        payload = {"vocabulary": self.manifest.stages["vocabulary"], "clip": self.clip}
         payload |= {"templates": config.clip.templates, "batch_size": batch}
         folder = self.manifest.plan("concept_embeddings", payload, parts, CLIP)
         job = ConceptEmbeddingsJob(folder, self.folder("vocabulary"), config.clip, batch, config.cluster.threads)
@@ -207,7 +208,7 @@ class Sweep:
 
     def embeddings(self) -> None:
         config, parts = self.config, self.images.num_shards
-        payload = {"patches": self.manifest.stages["patches"], "clip": clip_identity(config.clip)}
+        payload = {"patches": self.manifest.stages["patches"], "clip": self.clip}
         folder = self.manifest.plan("embeddings", payload, parts, CLIP)
         job = EmbeddingsJob(folder, self.images, self.folder("patches"), config.clip, config.cluster.threads)
         self._stage(folder, "embeddings:EmbeddingsWorker", job, parts, len(self.images), "image")

@@ -198,16 +198,16 @@ class ActivationsWorker:
     def _batch(self, numbers: np.ndarray) -> Batch:
         images = self.images
         sampled = torch.from_numpy(np.flatnonzero(images.sampled[numbers])).to(self.device)
-        explain = self._padded(images.split == "explain", numbers, False)
+        explain = self._padded(images.explain, numbers, False)
         return Batch(self._padded(images.ok, numbers, False), explain, self._padded(images.order, numbers, 0), sampled)
 
     def _group(self, batches: list[np.ndarray], embeddings_ND: np.ndarray, first: int) -> Group:
         images, size = self.images, self.images.batch_size
         embeddings = np.zeros((len(batches) * size, embeddings_ND.shape[1]), np.float32)
         for slot, numbers in enumerate(batches):
-            known = embeddings_ND[numbers - first] * (images.split[numbers] == "explain")[:, None]
+            known = embeddings_ND[numbers - first] * images.explain[numbers][:, None]
             embeddings[slot * size : slot * size + len(numbers)] = known
-        columns = (images.ok, images.split == "explain", images.stored)
+        columns = (images.ok, images.explain, images.stored)
         valid, explain, stored = (torch.cat([self._padded(c, n, False) for n in batches]) for c in columns)
         return Group(valid, explain, stored, torch.from_numpy(embeddings).to(self.device))
 

@@ -3,6 +3,8 @@
 In: ClipSettings. Out: unit-norm float16 vectors of images and texts, every model call with one fixed batch shape.
 """
 
+import difflib
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -92,8 +94,6 @@ def _folder_config(folder: str, key: str) -> dict:
 
 
 def _check_name(name: str, pretrained: str | None, key: str, check_pretrained: bool) -> None:
-    import difflib
-
     import open_clip
 
     if "/" in name and ":" not in name:
@@ -120,8 +120,6 @@ def check_clip(settings: ClipSettings) -> None:
 
 def clip_identity(settings: ClipSettings) -> str:
     """What the fingerprint holds of the CLIP: for local files their sizes and the hash of every byte."""
-    import hashlib
-
     if not settings.is_folder:
         return f"{settings.name} {settings.pretrained}"
     files = sorted(f for f in os.listdir(settings.name) if f.endswith((".json", ".safetensors", ".txt")))

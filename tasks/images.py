@@ -126,6 +126,11 @@ class ImageList:
         return np.where(self.ok, self.column("split"), "")
 
     @cached_property
+    def explain(self) -> np.ndarray:
+        """bool, readable images of the explain split."""
+        return self.split == "explain"
+
+    @cached_property
     def order(self) -> np.ndarray:
         """int64, rank of each image by the hash of its id: breaks ties without favouring the first of a folder."""
         hashes = np.array([hash64(i) for i in self.ids], np.int64)

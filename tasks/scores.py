@@ -103,7 +103,7 @@ class ScoresWorker:
     @cached_property
     def mean_image_D(self) -> np.ndarray:
         """Mean vector of the explain images."""
-        return self.images_ND[self.job.images.split == "explain"].astype(np.float64).mean(0)
+        return self.images_ND[self.job.images.explain].astype(np.float64).mean(0)
 
     def run(self, part: int) -> PartReport:
         report, block = PartReport(part), self.job.blocks[part]
