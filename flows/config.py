@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import conf
+import tasks.world
 from flows.stage import ClusterSettings
 from tasks.activations import ActivationsSettings
 from tasks.clip import ClipSettings
+from tasks.drawn import DrawnSettings
 from tasks.layers import LayersSettings
 from tasks.neurons import NeuronsSettings
 from tasks.patches import PatchesSettings
@@ -28,8 +30,12 @@ from tasks.target import TargetSettings
 from tasks.vocabulary import VocabularySettings
 
 CONF = Path(next(iter(conf.__path__)))
-TEXTS = ("run", "vocabulary.domain")
+WORLD = Path(next(iter(tasks.world.__path__))) / "weights"
+TEXTS = ("run", "world", "vocabulary.domain")
 """Keys whose values are free text: quoted for Hydra, so that run=1e5 stays a text."""
+OWN = re.compile(r"experiment=|(target|probing)=(?!world)|probing\.uri=(?!world://)")
+"""Overrides that name a model or images of one's own. Without any, a sweep is one of the drawn world, experiment=world;
+with one, all else is chosen for photos (conf/config.yaml), so that the world's tiny CLIP never meets them unasked."""
 
 
 @dataclass
@@ -40,6 +46,8 @@ class Config:
     """Name of the run; default: made of target, layers, vocabulary and scorer."""
     unit_block: int = 2048
     """Units per part in the stages that go by units."""
+    world: str = str(WORLD)
+    """Folder of the drawn world's models, as `axonym world` writes them; the shipped one by default."""
     target: TargetSettings = field(default_factory=TargetSettings)
     layers: LayersSettings = field(default_factory=LayersSettings)
     probing: ProbingSettings = field(default_factory=ProbingSettings)
@@ -49,6 +57,7 @@ class Config:
     patches: PatchesSettings = field(default_factory=PatchesSettings)
     scorer: ScorerSettings = field(default_factory=ScorerSettings)
     neurons: NeuronsSettings = field(default_factory=NeuronsSettings)
+    drawn: DrawnSettings = field(default_factory=DrawnSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -66,6 +75,8 @@ class Config:
     def _name(self) -> str:
         stem = Path(self.target.name.rpartition(":")[0] or self.target.name)
         target = stem.parent.name if stem.suffix == ".py" else stem.name
+        if self.target.checkpoint:
+            target += f"+{Path(self.target.checkpoint).stem}"
         words = Path(self.vocabulary.path).stem if self.vocabulary.path else self.vocabulary.source
         parts = [target, "+".join(self.layers.names), words, self.scorer.name]
         return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:120].lstrip(".")
@@ -80,7 +91,9 @@ def compose(overrides: list[str]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    checked = [_check(override) for override in overrides]
+    checked = [_check(override) for override in overrides if override != "experiment=null"]  # which Hydra refuses
+    if not any(OWN.match(override) for override in overrides):
+        checked.append("experiment=world")
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -119,7 +132,7 @@ def _check(override: str) -> str:
         raise ValueError(f"{override}: expected key=value, for example target=vit_l_16 or probing.uri=photos")
     if key in groups():
         allowed = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
-        if value not in allowed and not (key == "experiment" and value == "null"):
+        if value not in allowed:
             raise ValueError(f"{key}={value}: unknown; allowed are {', '.join(allowed)}")
         return override
     kind = _walk(key)
@@ -173,12 +186,12 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
     return " ".join(str(error).split())
 
 
-def flow_arguments(arguments: list[str], own: dict[str, type]) -> tuple[dict[str, Any], list[str]]:
+def flow_arguments(arguments: list[str], own: dict[str, type], **defaults: Any) -> tuple[dict[str, Any], list[str]]:
     """Split `key=value` arguments into a flow's own keys, converted, and the overrides of the config.
 
-    Raises ValueError for a missing or malformed own key.
+    Raises ValueError for a malformed own key, or a missing one that has no default.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(defaults)
     rest = []
     for argument in arguments:
         key, _, value = argument.partition("=")

@@ -28,7 +28,9 @@ TABLES = {
     "explanations": ("explanations",),
     "validation": ("validation",),
     "neurons": ("neurons",),
+    "drawn": ("drawn",),
     "report": ("pages",),
+    "world": ("measures", "planted"),
 }
 """Tables of each stage; the first-named is put last."""
 

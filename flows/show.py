@@ -32,7 +32,8 @@ def show(run: Run, layer: str, unit: int) -> str:
     neuron = run.folder("neurons").read("neurons", part, **wanted).to_pylist()[0]
     check = run.folder("validation").read("validation", part, **wanted).to_pylist()[0]
     scores = {row["concept"]: row for row in run.folder("scores").read("scores", part, **wanted).to_pylist()}
-    lines = [plain(f"{layer}, neuron {unit}: {neuron['phrase'] or 'no name'}"), "", *_verdict(neuron, check), ""]
+    lines = [plain(f"{layer}, neuron {unit}: {neuron['phrase'] or 'no name'}"), "", *_verdict(neuron, check)]
+    lines += [*_redrawn(run, wanted), ""]
     lines += _concepts(neuron, scores) + _exemplars(run, part, unit)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -70,9 +71,21 @@ def _verdict(neuron: dict[str, Any], check: dict[str, Any]) -> list[str]:
     if neuron["lower"] is not None and neuron["upper"] is not None:
         found += f", 95% interval {neuron['lower']:.2f} to {neuron['upper']:.2f}"
     lines.append(found + ("" if neuron["q"] is None else f", q = {neuron['q']:.2g}"))
+    lines.append(f"bar         {neuron['bar']:.2f}: the interval must lie above it")
     if neuron["status"] == "ambiguous" and check["rival"] is not None:
         lines.append(plain(f"rival name  {check['rival']}"))
     return lines
+
+
+def _redrawn(run: Run, wanted: dict[str, Any]) -> list[str]:
+    """The test on drawn scenes; nothing where the run has none of this unit, or its name cannot be drawn."""
+    folder = run.folder("drawn") if "drawn" in run.stages else None
+    rows = [r for part in folder.done() for r in folder.read("drawn", part, **wanted).to_pylist()] if folder else []
+    return [
+        f"redrawn AUC {row['auc']:.2f} on {row['shown']} drawn scenes that show the name, {row['absent']} that do not"
+        for row in rows
+        if row["auc"] is not None
+    ]
 
 
 def _concepts(neuron: dict[str, Any], scores: dict[str, dict[str, Any]]) -> list[str]:

@@ -8,11 +8,15 @@
 
 Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is
 skipped, so the same command finishes what an interrupted one began, and runs share the stages they have in common.
+With neurons.twin the same is done with random weights, as a run of its own, <run>-twin: what it reaches is the bar.
+
+Over the drawn world a stage `drawn` follows neurons: each name is tested on fresh scenes with and without what it says.
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
 """
 
 import sys
+from copy import copy
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,6 +25,7 @@ from flows.run import Run
 from flows.stage import Work, run_stage
 from tasks.activations import ActivationsJob
 from tasks.clip import check_clip, clip_identity
+from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
 from tasks.embeddings import CONCEPTS_PER_PART, ConceptEmbeddingsJob, EmbeddingsJob
 from tasks.exemplars import ExemplarsJob
 from tasks.explanations import ExplanationsJob
@@ -36,8 +41,10 @@ from tasks.report import ReportJob, num_parts, templates
 from tasks.scores import ScoresJob
 from tasks.store import Folder, Store
 from tasks.tables import make_table
+from tasks.target import random_twin
 from tasks.validation import ValidationJob
 from tasks.vocabulary import VocabularyJob, identity
+from tasks.world import files, orders
 
 MODEL = ("torch", "torchvision", "timm", "pillow", "numpy")
 CLIP = ("torch", "open-clip-torch", "transformers", "timm", "pillow", "numpy")
@@ -55,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Sweep:
-    """One run: `run` is the list of the stages in order; each method below it plans and runs one stage."""
+    """One run: `run` and `explain` list the stages in order; each method below them plans and runs one stage."""
 
     def __init__(self, config: Config) -> None:
         """Look at everything that can be wrong before anything is written or started. Raises ValueError."""
@@ -71,8 +78,37 @@ class Sweep:
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
+        self.twin: Sweep | None = None  # which the twin's own stays
+        self.twin = self._twin() if config.neurons.twin else None
+
+    def _twin(self) -> "Sweep":
+        """This sweep with random weights, all else the same. Raises ValueError where the target has none."""
+        config, twin = self.config, copy(self)
+        target, neurons = random_twin(config.target, self.target.preprocess), replace(config.neurons, twin=False)
+        twin.config = replace(config, run=f"{config.run}-twin", target=target, neurons=neurons)
+        twin.manifest = Run(str(twin.config.run), config.store, asdict(twin.config))
+        twin.target = describe(target, config.layers)
+        if twin.target.digest == self.target.digest or twin.target.layers != self.target.layers:
+            instead = "its weights or layers are fixed; make them random and give the trained ones as target.checkpoint"
+            raise ValueError(f"neurons.twin=true: target.name={target.name}: {instead}")
+        return twin
 
     def run(self) -> None:
+        self.explain()
+        if self.twin:
+            self.twin.explain()
+            self.twin.neurons()
+            self.worked |= self.twin.worked
+        self.neurons()
+        self.drawn()
+        self.report()
+        self.manifest.save()
+        store = Store(self.config.store)
+        print("" if self.worked else "everything was done already; nothing was computed")
+        print(f"look at  {store.path(self.folder('report').name)}/index.html")
+
+    def explain(self) -> None:
+        """Every stage up to the validation of the names."""
         layers = len(self.target.layers)
         print(f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {layers} layers")
         self.probing()
@@ -87,12 +123,6 @@ class Sweep:
         self.scores()
         self.explanations()
         self.validation()
-        self.neurons()
-        self.report()
-        self.manifest.save()
-        store = Store(self.config.store)
-        print("" if self.worked else "everything was done already; nothing was computed")
-        print(f"look at  {store.path(self.folder('report').name)}/index.html")
 
     def folder(self, stage: str) -> Folder:
         return self.manifest.folder(stage)
@@ -250,10 +280,28 @@ class Sweep:
     def neurons(self) -> None:
         parts = len(self.blocks)
         payload = asdict(self.config.neurons) | {"validation": self.manifest.stages["validation"]}
+        if self.twin:
+            payload["twin"] = self.twin.manifest.stages["validation"]
+        else:
+            del payload["twin"], payload["twin_quantile"]
         folder = self.manifest.plan("neurons", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
-        job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
+        twin = self.twin and self.twin.folder("validation")
+        job = NeuronsJob(folder, **folders, twin=twin, blocks=self.blocks, settings=self.config.neurons)
         self._stage(folder, "neurons:NeuronsWorker", job, parts, self.num_units, "unit")
+
+    def drawn(self) -> None:
+        """Only over images of the drawn world: there every name of the world can be drawn and tested."""
+        config = self.config
+        if not all(uri.startswith("world://") for uri in config.probing.uris):
+            return
+        phrases = named_phrases(self.folder("neurons"))
+        parts = max(1, -(-len(phrases) // PHRASES_PER_PART))
+        payload = asdict(config.drawn) | {"neurons": self.manifest.stages["neurons"]}
+        payload |= {"world": [files.VERSION, orders.VERSION]}
+        folder = self.manifest.plan("drawn", payload, parts, (*MODEL, "scipy"))
+        job = DrawnJob(folder, self._target_pass(), self.folder("neurons"), config.layers.pool, config.drawn)
+        self._stage(folder, "drawn:DrawnWorker", job, parts, len(phrases), "phrase")
 
     def report(self) -> None:
         config, parts = self.config, num_parts(self.images, self.target.layers)
@@ -266,7 +314,7 @@ class Sweep:
             "scorer": config.scorer.name,
         }
         payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
-        payload |= {"neurons": self.manifest.stages["neurons"]}
+        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn")}
         folder = self.manifest.plan("report", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("neurons", "scores", "exemplars", "patches", "validation")}
         job = ReportJob(
@@ -278,6 +326,7 @@ class Sweep:
             settings=config.report,
             run=str(config.run),
             facts=facts,
+            drawn=self.folder("drawn") if "drawn" in self.manifest.stages else None,
         )
         self._stage(folder, "report:ReportWorker", job, parts, parts, "page")
 

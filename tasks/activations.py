@@ -69,11 +69,9 @@ class LayerState:
         if prefix is not None:
             self._extreme(self.prefix_maximum, prefix.amax(2).float(), batch, torch.maximum, -np.inf)
         self._extreme(self.low, trough_BU, batch, torch.minimum, np.inf)
-        if self.pool == "max":
-            values_BU, low_BU = peak_BU, trough_BU
-        else:
-            values_BU = maps_BUP.float().mean(2) if self.pool == "mean" or prefix is None else prefix[:, :, 0].float()
-            low_BU = values_BU
+        values_BU, low_BU = peak_BU, trough_BU
+        if self.pool != "max":
+            values_BU = low_BU = self.layer.pooled(output, self.pool)
         self._rank(self.top, values_BU, maps_BUP, batch.explain[:, None] & values_BU.isfinite(), batch)
         below = batch.explain[:, None] & low_BU.isfinite() & (low_BU < 0)
         if below.is_cuda or below.any():

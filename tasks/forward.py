@@ -1,14 +1,16 @@
 """Running the target model over batches of a shard, layer outputs handed out while they exist.
 
-In: settings of the target, its layers, an ImageList. Out: calls `on_layer(layer, output)` during every forward pass.
+In: settings of the target, its layers, an ImageList or arrays of pixels. Out: calls `on_layer(layer, output)` during
+every forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tasks.images import ImageList
 from tasks.layers import Layer, LayersSettings, find_layers, hooked
@@ -44,7 +46,6 @@ class HookedTarget:
         self.images, self.preprocess = work.images, target.preprocess
         self.model = target.model.to(self.device, self.dtype)
 
-    @torch.inference_mode()
     def run(
         self,
         batches: list[np.ndarray],
@@ -52,10 +53,32 @@ class HookedTarget:
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
         """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
+        pixels = self.images.batches(batches, self.preprocess)
+        self._run(zip(batches, pixels, strict=True), on_layer, after_batch)
+
+    def run_arrays(self, arrays_NHWC: np.ndarray, on_layer: Callable[[Layer, Any], None]) -> None:
+        """The same over uint8 arrays that are in no list, in whole batches: black images fill the last one up."""
+        size = self.images.batch_size
+        batches = (arrays_NHWC[start : start + size] for start in range(0, len(arrays_NHWC), size))
+        self._run(((batch, self._padded(batch)) for batch in batches), on_layer, lambda _: None)
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        batches: Iterable[tuple[np.ndarray, torch.Tensor]],
+        on_layer: Callable[[Layer, Any], None],
+        after_batch: Callable[[np.ndarray], None],
+    ) -> None:
         with hooked(self.model, list(self.layers), lambda name, output: on_layer(self.layers[name], output)):
-            for numbers, pixels in zip(batches, self.images.batches(batches, self.preprocess), strict=True):
+            for batch, pixels in batches:
                 self.model(self.preprocess.normalise(pixels.to(self.device)).to(self.dtype))
-                after_batch(numbers)
+                after_batch(batch)
+
+    def _padded(self, arrays_NHWC: np.ndarray) -> torch.Tensor:
+        batch = np.zeros((self.images.batch_size, *self.preprocess.size, 3), np.uint8)
+        for slot, array in enumerate(arrays_NHWC):
+            batch[slot] = self.preprocess.pixels(Image.fromarray(array))
+        return torch.from_numpy(batch)
 
 
 @dataclass

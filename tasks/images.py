@@ -20,6 +20,7 @@ from PIL import Image
 from tasks.pixels import BadImage, Preprocess, decode
 from tasks.store import Folder, fingerprint, hash64
 
+fsspec.register_implementation("world", "tasks.world.files.WorldFileSystem")  # drawn scenes; imported when asked for
 SPLITS = ("explain", "select", "validate")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 

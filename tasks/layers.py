@@ -62,6 +62,13 @@ class Layer:
         """View [B, units, prefix tokens], None where the layer has none."""
         return first_tensor(output)[:, : self.prefix].transpose(1, 2) if self.prefix else None
 
+    def pooled(self, output: Any, pool: str) -> torch.Tensor:
+        """float32 [B, units], the activation of each image; cls is the mean where the layer has no prefix tokens."""
+        if pool == "max":
+            return self.maps(output).amax(2).float()
+        prefix = self.prefix_maps(output)
+        return self.maps(output).float().mean(2) if pool == "mean" or prefix is None else prefix[:, :, 0].float()
+
 
 @dataclass
 class Block:

@@ -1,9 +1,10 @@
 """Stage neurons: exactly one row for every unit of every chosen layer; what people read.
 
-In: explanations, validation, unit_stats. Out: the neurons table with phrase, confidence, q value and status.
+In: explanations, validation, unit_stats, the validation of the randomly initialised twin where there is one. Out: the
+neurons table with phrase, confidence, bar, q value and status.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,13 +28,20 @@ class NeuronsSettings:
     q: float = 0.05
     """False discovery rate below which a name counts as supported."""
     min_correlation: float = 0.05
-    """The lower end of the interval must lie above this to be called explained; ours until the twin run sets it."""
+    """The lower end of the interval must lie above this to be called explained."""
+    twin: bool = False
+    """Measure the bar on the same architecture with random weights, which costs as much again; else min_correlation is
+    the bar."""
+    twin_quantile: float = 0.98
+    """The bar of a layer is this quantile of the twin's confidence there, or min_correlation if that is more."""
     rival_gain: float = 2.0
     """A rival concept that does better on select by more standard errors than this makes the name ambiguous."""
 
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
             raise ValueError(f"neurons.q={self.q}: must lie between 0 and 1")
+        if not 0 <= self.twin_quantile <= 1:
+            raise ValueError(f"neurons.twin_quantile={self.twin_quantile}: must lie between 0 and 1")
 
 
 @dataclass
@@ -42,6 +50,8 @@ class NeuronsJob:
     exemplars: Folder
     explanations: Folder
     validation: Folder
+    twin: Folder | None
+    """Validation of the randomly initialised twin."""
     blocks: list[Block]
     settings: NeuronsSettings
 
@@ -64,6 +74,14 @@ class NeuronsWorker:
         found = stats.group_by("layer").aggregate([("low", "min")])
         return dict(zip(found["layer"].to_pylist(), found["low_min"].to_pylist(), strict=True))
 
+    @cached_property
+    def bars(self) -> dict[str, float]:
+        """What a name's interval must exceed, by layer."""
+        job, least = self.job, self.job.settings.min_correlation
+        twin = job.twin and job.twin.read_all("validation", columns=["layer", "correlation"])
+        chance = by_chance(twin, job.settings.twin_quantile) if twin else {}
+        return {block.layer: max(least, chance.get(block.layer, least)) for block in job.blocks}
+
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
         with report.phase("read"):
@@ -74,8 +92,9 @@ class NeuronsWorker:
             q = self.q_values[start : start + len(block)]
         with report.phase("compute"):
             off = unit_state(stats, rectified=self.lows[block.layer] >= RECTIFIED)
-            status = decide(off, validation, q, job.settings)
-            table = _neurons(explanations, validation, q, status)
+            bar = self.bars[block.layer]
+            status = decide(off, validation, q, replace(job.settings, min_correlation=bar))
+            table = _neurons(explanations, validation, q, bar, status)
         with report.phase("write"):
             job.out.write(part, {"neurons": table})
         report.rows = {"neurons": table.num_rows} | {
@@ -110,6 +129,15 @@ def unit_state(stats: pa.Table, rectified: bool) -> np.ndarray:
     return np.select([special & ~(dead & (prefix <= 0)), dead, always], ["special_token_only", "dead", "always_on"], "")
 
 
+def by_chance(twin: pa.Table, quantile: float) -> dict[str, float]:
+    """That quantile of the twin's known correlations in each layer; no entry for a layer that has none."""
+    known: dict[str, list[float]] = {}
+    for layer, correlation in zip(twin["layer"].to_pylist(), twin["correlation"].to_pylist(), strict=True):
+        if correlation is not None:
+            known.setdefault(layer, []).append(correlation)
+    return {layer: float(np.quantile(values, quantile)) for layer, values in known.items()}
+
+
 def decide(off: np.ndarray, validation: pa.Table, q: np.ndarray, settings: NeuronsSettings) -> np.ndarray:
     """Status of each unit: held-out evidence decides between explained, ambiguous and unexplained."""
     lower, gain = (validation[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in ("lower", "rival_gain"))
@@ -118,12 +146,13 @@ def decide(off: np.ndarray, validation: pa.Table, q: np.ndarray, settings: Neuro
     return np.select([off != "", supported & rivalled, supported], [off, "ambiguous", "explained"], "unexplained")
 
 
-def _neurons(explanations: pa.Table, validation: pa.Table, q: np.ndarray, status: np.ndarray) -> pa.Table:
+def _neurons(explanations: pa.Table, validation: pa.Table, q: np.ndarray, bar: float, status: np.ndarray) -> pa.Table:
     named = ~np.isin(status, ("dead",))
     phrases = [p if keep else None for p, keep in zip(explanations["phrase"].to_pylist(), named, strict=True)]
     columns = {
         c: explanations[c].combine_chunks() for c in ("layer", "unit", "concepts", "weights", "margin", "exemplars")
     }
     columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True)}
+    columns |= {"bar": [bar] * len(status)}
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}
     return make_table("neurons", columns | {"confidence": validation["correlation"].combine_chunks()})

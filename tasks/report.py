@@ -70,6 +70,8 @@ class ReportJob:
     """Name of the run."""
     facts: dict[str, str]
     """What was run on what: shown as they are at the top of the index."""
+    drawn: Folder | None = None
+    """Tests of the names on drawn scenes, where the run has them."""
 
 
 class Page(NamedTuple):
@@ -150,10 +152,17 @@ class ReportWorker:
                     for concept, weight in zip(neuron["concepts"], neuron["weights"], strict=True)
                 ],
                 "validation": validation[neuron["unit"]],
+                "drawn": self._drawn.get((layer.name, neuron["unit"])),
                 "frames": frames.get(neuron["unit"], []),
             }
             for neuron in job.neurons.read("neurons", part).to_pylist()
         ]
+
+    @cached_property
+    def _drawn(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """Rows of the drawn table that have an AUC, by layer and unit."""
+        rows = self.job.drawn.read_all("drawn").to_pylist() if self.job.drawn else []
+        return {(row["layer"], row["unit"]): row for row in rows if row["auc"] is not None}
 
     def _frames(self, layer: Layer, part: int) -> dict[int, list[dict[str, Any]]]:
         """By unit, strongest first: the thumbnail of each patch's image and where to draw its boxes, in percent."""
@@ -188,10 +197,11 @@ class ReportWorker:
         return boxes[np.searchsorted(ids, crop_id)].tolist()
 
     def _index(self) -> bytes:
-        columns = ["layer", "status", "phrase", "confidence"]
+        columns = ["layer", "unit", "status", "phrase", "confidence"]
         neurons = self.job.neurons.read_all("neurons", columns=columns).to_pylist()
         of_layer: dict[str, list[dict]] = {layer.name: [] for layer in self.job.layers}
         for neuron in neurons:
+            neuron["auc"] = self._drawn.get((neuron["layer"], neuron["unit"]), {}).get("auc")
             of_layer[neuron["layer"]].append(neuron)
         layers = [
             summary(rows) | {"name": layer, "pages": pages}
@@ -243,13 +253,13 @@ def count_statuses(neurons: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def summary(neurons: list[dict[str, Any]]) -> dict[str, Any]:
-    """Number of units, counts by status, median confidence (None without any) and the five most frequent phrases."""
-    confidences = [n["confidence"] for n in neurons if n["confidence"] is not None]
+    """Number of units, counts by status, median confidence and AUC (None without any), five most frequent phrases."""
+    known = {key: [n[key] for n in neurons if n[key] is not None] for key in ("confidence", "auc")}
     phrases = Counter(n["phrase"] for n in neurons if n["phrase"] is not None)
     return {
         "units": len(neurons),
         "counts": count_statuses(neurons),
-        "median": float(np.median(confidences)) if confidences else None,
+        "median": {key: float(np.median(values)) if values else None for key, values in known.items()},
         "phrases": sorted(phrases.items(), key=lambda item: (-item[1], item[0]))[:5],
     }
 

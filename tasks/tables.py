@@ -7,7 +7,7 @@ storage-independent name; (`layer`, `unit`) is a unit; `concept_id` and `crop_id
 
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 I32, I64, F32, F64, F16 = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.float16()
@@ -171,12 +171,42 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "confidence": (F32, "correlation with the phrase on the validate split; null without one"),
         "lower": (F32, "95 % interval of the confidence"),
         "upper": (F32, "95 % interval"),
+        "bar": (
+            F32,
+            "correlation that a name must exceed with its whole interval: from the randomly initialised twin of the "
+            "layer, or neurons.min_correlation",
+        ),
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
+    },
+    "drawn": UNIT
+    | {
+        "phrase": (STR, "the name; units without one have no row"),
+        "auc": (
+            F32,
+            "chance that a fresh scene showing it excites the unit more than one that does not, ties half; "
+            "null where the world cannot draw it",
+        ),
+        "shown": (I32, "scenes drawn that show it; 0 where the world cannot draw it"),
+        "absent": (I32, "scenes drawn that do not show it"),
     },
     "precision": {
         "dtype": (STR, "number format of the target model"),
         "overlap": (F32, "mean share of the float32 top 20 images that it keeps"),
+    },
+    "measures": {
+        "model": (STR, "model of the drawn world"),
+        "measure": (STR, "what was measured, on scenes that the model has not seen"),
+        "value": (F64, "a share between 0 and 1"),
+    },
+    "planted": {"net": (STR, "net of the drawn world")}
+    | UNIT
+    | {
+        "kind": (STR, "mono, or, and, not, graded, duplicate, noise, dead, always_on, special_token_only or logit"),
+        "family": (STR, "family of the first concept; null where there is none"),
+        "concepts": (pa.list_(STR), "what makes the unit fire: any of them"),
+        "source": (I32, "unit of the layer that a duplicate repeats, else null"),
+        "auroc": (F32, "largest activation against the truth on fresh scenes; null where there is no concept"),
     },
     "pages": {
         "layer": (STR, "module path in the target model"),

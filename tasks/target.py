@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,8 @@ class TargetSettings:
     """File with one name per output (text lines or a JSON list), where the model does not say."""
     dtype: str = "auto"
     """float32, float16, bfloat16, or auto: float32 on a CPU, on a GPU the smallest that keeps the float32 top 20."""
+    seed: int = 0
+    """Of the random weights, where there are no others."""
 
     def __post_init__(self) -> None:
         if self.source not in LOADERS:
@@ -54,6 +56,8 @@ class TargetSettings:
             raise ValueError(f"target.dtype={self.dtype}: allowed are auto, {', '.join(DTYPES)}")
         if not self.name:
             raise ValueError("target.name is missing: give the model's name")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"target.seed={self.seed}: must lie between 0 and 2^63")
         allowed = [f.name for f in fields(Preprocess)]
         for key in self.preprocess:
             if key not in allowed:
@@ -80,7 +84,9 @@ class Target:
 
 def load_target(settings: TargetSettings) -> Target:
     """The model in eval mode on the CPU, float32. Raises ValueError naming the key for anything the user can mend."""
-    target = LOADERS[settings.source](settings)
+    with torch.random.fork_rng(devices=[]):  # models are made on the CPU; other devices' generators stay out of it
+        torch.default_generator.manual_seed(settings.seed)
+        target = LOADERS[settings.source](settings)
     if settings.checkpoint:
         _load_weights(target.model, settings.checkpoint)
     pairs = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in settings.preprocess.items()}
@@ -89,6 +95,12 @@ def load_target(settings: TargetSettings) -> Target:
         target.class_names = _read_names(settings.class_names)
     target.model.eval().float().requires_grad_(False)
     return target
+
+
+def random_twin(settings: TargetSettings, preprocess: Preprocess) -> TargetSettings:
+    """The same architecture with random weights, and the preprocessing that open_clip knows by its weights only."""
+    seed = settings.seed + 1
+    return replace(settings, pretrained=False, checkpoint=None, preprocess=asdict(preprocess), seed=seed)
 
 
 def unknown(key: str, value: str, allowed: list[str]) -> ValueError:

@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows.config import CONF, compose, groups, multirun
+from tasks.layers import LayersSettings, find_layers
+from tasks.target import load_target
+from tasks.world.concepts import CONCEPTS
+from tasks.world.scenes import SIZE
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +33,7 @@ def test_every_choice_of_every_group_composes(group):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("targt=resnet50", "targt: unknown key (did you mean target?); allowed are run, unit_block, target"),
+        ("targt=resnet50", "targt: unknown key (did you mean target?); allowed are run, unit_block, world, target"),
         ("target=resnet51", "target=resnet51: unknown; allowed are factory, open_clip, resnet50"),
         ("target.nam=x", "target.nam: unknown key (did you mean name?); allowed are source, name"),
         ("target.name.x=1", "target.name.x: unknown key; target.name takes a value"),
@@ -62,10 +67,10 @@ def test_mistakes_are_one_clear_line(override, message):
 
 
 def test_free_text_and_free_keys():
-    config = compose(["run=1e5", "target.kwargs.img_size=96", "scorer=soft_wpmi", "scorer.params.a=100"])
+    config = compose(["target=timm", "target.name=x", "target.kwargs.img_size=96", "run=1e5"])
     assert config.run == "1e5"
     assert config.target.kwargs == {"img_size": 96}
-    assert config.scorer.params == {"a": 100}
+    assert compose(["scorer=soft_wpmi", "scorer.params.a=100"]).scorer.params == {"a": 100}
     assert compose(["cluster.stages.activations.num_gpus=1"]).cluster.resources("activations").num_gpus == 1
     assert compose(["cluster=gpu"]).cluster.resources("embeddings").num_gpus == 1
     assert compose(["cluster=gpu"]).cluster.resources("exemplars").num_gpus == 0
@@ -74,6 +79,55 @@ def test_free_text_and_free_keys():
 def test_runs_are_named_after_what_they_do():
     name = compose(["target=vit_l_16", "layers=mlp", "scorer=soft_wpmi"]).run
     assert name == "vit_large_patch16_224-mlp-lexicon-soft_wpmi"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["scorer=soft_wpmi", "clip=vit_b_32"],
+        ["target=world_vit", "layers=mlp"],
+        ["probing.uri=world://mine/40", "vocabulary=class_names"],
+    ],
+)
+def test_a_sweep_without_model_or_images_is_one_of_the_drawn_world(overrides):
+    config = compose(overrides)
+    assert config == compose([*overrides, "experiment=world"])
+    assert config.target.checkpoint.startswith(f"{config.world}/")
+    assert config.probing.uri.startswith("world://")
+    assert config.clip.name == ("ViT-B-32" if "clip=vit_b_32" in overrides else f"{config.world}/clip")
+
+
+@pytest.mark.parametrize("own", ["target=resnet50", "probing.uri=world_photos", "probing=folder", "experiment=null"])
+def test_the_worlds_clip_never_meets_other_models_or_images_unasked(own):
+    config = compose([own])
+    assert (config.clip.name, config.vocabulary.path) == ("ViT-B-32", None)
+    assert compose([own, "clip=world"]).clip.name == f"{config.world}/clip"
+
+
+def test_the_worlds_folder_is_free_text():
+    config = compose(["world=/my models/the world", "target=world_vit_registers"])
+    assert config.target.checkpoint == "/my models/the world/vit_registers.safetensors"
+    assert config.target.class_names == "/my models/the world/class_names.txt"
+    assert config.vocabulary.path == "/my models/the world/lexicon.txt"
+    assert config.clip.name == "/my models/the world/clip"
+
+
+def test_runs_of_the_worlds_models_have_names_of_their_own():
+    names = {compose([f"target={path.stem}"]).run for path in (CONF / "target").glob("world_*.yaml")}
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("target", ["world_resnet", "world_vit", "world_vit_registers"])
+def test_the_worlds_architectures(target):
+    """One output per concept, and maps fine enough to point at an object."""
+    settings = replace(compose([f"target={target}"]).target, checkpoint=None, class_names=None, pretrained=False)
+    found = load_target(settings)
+    assert (found.preprocess.size, found.preprocess.resize) == ((SIZE, SIZE), "squash")
+    layers = find_layers(found.model, found.preprocess, LayersSettings(["residual", "logits"]))
+    assert layers[-1].num_units == len(CONCEPTS)
+    assert layers[0].grid[0] == layers[0].grid[1] >= 8
+    assert layers[0].prefix == {"world_resnet": 0, "world_vit": 1, "world_vit_registers": 5}[target]
 
 
 def test_multirun_is_the_product():

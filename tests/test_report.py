@@ -137,6 +137,17 @@ def test_hostile_text_stays_text(job, pages):
     assert {"vit_<b>tiny</b>", "<script>alert(1)</script>"} <= set(pages["index.html"].text["dd"])
 
 
+def test_redrawn_auc_where_there_is_one(job, pages, images, tmp_path):
+    drawn = [row for row in job.drawn.read_all("drawn").to_pylist() if row["auc"] is not None]
+    told = [t for page in pages.values() for t in page.values("p", "title") if "48 against 47 scenes" in (t or "")]
+    assert 0 < len(told) == len(drawn)
+    assert "median redrawn AUC" in pages["index.html"].text["dt"]
+    without = write_run(tmp_path, images, LAYERS[2:], ["x"])
+    without.drawn = None
+    make_report(without)
+    assert not any(b"redrawn" in data.lower() for path, data in files(without).items() if path.endswith(".html"))
+
+
 def test_same_bytes_whatever_the_order(job, images, tmp_path):
     again = write_run(tmp_path, images, LAYERS, HOSTILE)
     make_report(pickle.loads(pickle.dumps(again)), order=-1)

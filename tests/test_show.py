@@ -18,9 +18,18 @@ def test_show(run):
     assert lines[0] == f"{LAYERS[1].name}, neuron 1: {HOSTILE[1]}"
     assert "status      ambiguous" in lines
     assert "confidence  0.89 on 50 held-out images, 95% interval 0.79 to 0.99, q = 0.01" in lines
+    assert "bar         0.05: the interval must lie above it" in lines
     assert f"rival name  {HOSTILE[0]}" in lines
     assert f"  0.40  ########............     9.0    80%  {HOSTILE[1]}" in lines
     assert f"  0.05  #...................     5.0    80%  {HOSTILE[5]}" in lines
+
+
+def test_show_redrawn_auc(run):
+    line = "redrawn AUC 0.97 on 48 drawn scenes that show the name, 47 that do not"
+    assert line in show(run, "head", 1).splitlines()
+    assert "redrawn" not in show(run, "head", 4), "a name that cannot be drawn"
+    del run.stages["drawn"]
+    assert "redrawn" not in show(run, "head", 1), "images that are not drawn ones"
 
 
 def test_show_exemplars_with_activation_and_box(run):

@@ -8,13 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGE_MODULES = (
     "probing", "vocabulary", "image_embeddings", "embeddings", "activations", "precision", "exemplars", "patches",
-    "scores", "explanations", "validation", "neurons", "report",
+    "scores", "explanations", "validation", "neurons", "drawn", "report",
 )  # fmt: skip
 FORBIDDEN = {
     "flows": {"torch", "open_clip", "vllm", "timm", "torchvision"},
     "tasks": {"ray", "hydra", "omegaconf", "flows"},
 }
-MODULES = [path for folder in FORBIDDEN for path in sorted((ROOT / folder).glob("*.py"))]
+MODULES = [path for folder in FORBIDDEN for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imports(path):
@@ -25,10 +25,10 @@ def imports(path):
             yield node.module or ""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_and_docstrings(path):
     found = set(imports(path))
-    assert not {name.split(".")[0] for name in found} & FORBIDDEN[path.parent.name]
+    assert not {name.split(".")[0] for name in found} & FORBIDDEN[path.relative_to(ROOT).parts[0]]
     if path.stem in STAGE_MODULES:
         others = {f"tasks.{name}" for name in STAGE_MODULES if name != path.stem}
         assert not found & others

@@ -20,7 +20,7 @@ from flows.sweep import Sweep
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
-STAGES = [stage for stage in TABLES if stage != "precision"]  # which runs on a GPU only
+STAGES = [stage for stage in TABLES if stage not in ("precision", "drawn")]  # on a GPU only, over the drawn world only
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,10 @@
 """Target models and CLIP: every source loads, weights are never pickled code, the model's own preprocessing is used."""
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -10,9 +15,10 @@ from torchvision import models
 
 from tasks.clip import Clip, ClipSettings, check_clip, clip_identity
 from tasks.precision import top_overlap
-from tasks.target import TargetSettings, load_target
+from tasks.target import TargetSettings, load_target, random_twin
 from tests import samples
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -62,12 +68,45 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 
 
 def test_digest_knows_weights_and_architecture():
-    def digest(name, seed):
-        torch.manual_seed(seed)
-        return load_target(TargetSettings("torchvision", name, pretrained=False)).digest()
+    def digest(name, seed=0):
+        return load_target(TargetSettings("torchvision", name, pretrained=False, seed=seed)).digest()
 
-    assert digest("resnet18", 0) == digest("resnet18", 0)
-    assert digest("resnet18", 0) != digest("resnet18", 1)
+    assert digest("resnet18") == digest("resnet18")
+    assert digest("resnet18") != digest("resnet18", seed=1)
+    assert digest("resnet18") != digest("resnet34")
+
+
+RANDOM = [
+    ("torchvision", "squeezenet1_1"),
+    ("timm", "test_vit"),
+    ("open_clip", "ViT-S-32-alt"),
+    ("factory", "torchvision.models:squeezenet1_1"),
+]
+
+
+def digests(seed):
+    return [load_target(TargetSettings(*model, pretrained=False, seed=seed)).digest() for model in RANDOM]
+
+
+def test_random_weights_follow_the_seed_in_every_process():
+    before = torch.random.get_rng_state()
+    found = digests(3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not set(digests(4)) & set(found)
+    elsewhere = [sys.executable, "-c", "from tests.test_target import digests; print(*digests(3))"]
+    done = subprocess.run(elsewhere, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == found, done.stderr
+
+
+def test_random_twin_has_the_architecture_and_preprocessing_alone():
+    trained = TargetSettings("timm", "test_vit", checkpoint="x.pt", kwargs={"num_classes": 7}, seed=2)
+    own = load_target(replace(trained, checkpoint=None, pretrained=False, preprocess={"mean": [0.1, 0.2, 0.3]}))
+    settings = random_twin(trained, own.preprocess)
+    assert (settings.pretrained, settings.checkpoint, settings.seed) == (False, None, 3)
+    twin = load_target(settings)
+    assert str(twin.model) == str(own.model)
+    assert twin.preprocess == own.preprocess
+    assert twin.digest() != own.digest()
 
 
 def test_class_names():

@@ -47,6 +47,7 @@ FOLDERS = {
     "exemplars": ("exemplars",),
     "patches": ("patches", "crops"),
     "validation": ("validation",),
+    "drawn": ("drawn",),
     "report": ("pages",),
 }
 SHARD = 4
@@ -86,7 +87,8 @@ def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[
         boxes = layouts[block.layer] != "vector"
         shown.append([u | row for u in units for row in patch_rows(images, u["unit"], patches, boxes, rng)])
         scores = [u | score_row(i, concept) for u in units for i, concept in enumerate(u["concepts"])]
-        rows = {"neurons": units, "validation": units, "scores": scores, "exemplars": shown[-1]}
+        named = [u for u in units if u["phrase"] is not None]
+        rows = {"neurons": units, "validation": units, "scores": scores, "exemplars": shown[-1], "drawn": named}
         for name, found in rows.items():
             folders[name].write(part, {name: make(name, found)})
     for shard in range(images.num_shards):
@@ -120,12 +122,16 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
         "correlation": r,
         "lower": None if r is None else r - 0.1,
         "upper": None if r is None else min(r + 0.1, 1),
+        "bar": 0.05,
         "p": None if r is None else 0.001,
         "q": None if r is None else 0.01,
         "images": 0 if layer == "head" else 50,
         "rival": concepts[1],
         "rival_gain": 3.0,
         "exemplars": [],
+        "auc": None if unit % 5 == 4 else 0.97,
+        "shown": 0 if unit % 5 == 4 else 48,
+        "absent": 0 if unit % 5 == 4 else 47,
     }
 
 

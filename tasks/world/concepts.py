@@ -114,8 +114,13 @@ def lexicon() -> dict[str, list[str]]:
     return families | {"compound": list(compounds()), "absence": list(absences())}
 
 
+def lexicon_text() -> str:
+    """The word list as a file of the vocabulary stage: a line [family], then its phrases."""
+    return "".join(f"[{family}]\n" + "\n".join(phrases) + "\n" for family, phrases in lexicon().items())
+
+
 def held_out() -> set[tuple[str, str]]:
-    """(colour or pattern, kind) pairs that no training scene shows: one of eleven, every kind and every colour in it."""
+    """(colour or pattern, kind) pairs that no training scene shows; every kind and every colour is in one of them."""
     coloured = {(COLOURS[(7 * number + 3) % 11], kind) for number, kind in enumerate(KINDS)}
     return coloured | {(PATTERNS[(3 * number + 1) % 10], kind) for number, kind in enumerate(KINDS)}
 

@@ -1,7 +1,7 @@
 """Drawing scenes.
 
-In: a Scene. Out: its pixels and, for each pixel, which object is seen there. Shapes are filled by Pillow at SCALE
-times the size and averaged, so edges are smooth; everything random comes from the scene, so it is drawn alike everywhere.
+In: a Scene. Out: its pixels and, for each pixel, which object is seen there. Shapes are filled by Pillow at SCALE times
+the size and averaged, so edges are smooth; everything random comes from the scene, so it is drawn alike everywhere.
 """
 
 import math
@@ -177,7 +177,7 @@ def _stencils(thing: Thing) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray
 @cache
 def _pattern(name: str, size: str) -> np.ndarray:
     """uint8 [240, 240] of 0 and 255 at SCALE times the scene's resolution; the period goes with the object's size."""
-    period = {"small": 15, "medium": 18, "large": 24}[size]
+    period = {"small": 18, "medium": 21, "large": 27}[size]
     half, thin = period // 2, max(period // 4, 4)
     v, u = np.indices((240, 240))
     zig = np.abs((u % (2 * half)) - half)

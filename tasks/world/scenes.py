@@ -77,7 +77,7 @@ def sample(seed: int | str, number: int, unseen: bool = True, wish: Wish | None 
     if wish.relation:
         count = max(count, 2)
     together = dice.random() < 0.15
-    relation = wish.relation or ("overlapping" if together and count > 1 else None)
+    relation = wish.relation or ("overlapping" if together and count > 1 and not wish.corner else None)
     things: list[Thing] = []
     for i in range(count):
         thing = _thing(dice, wish if i == 0 else Wish(without=wish.without), unseen)
@@ -120,7 +120,11 @@ def _place(dice: Dice, thing: Thing, others: list[Thing], relation: str | None, 
     """Give the thing a place that is free, or one in the relation to the first; False where none is found."""
     low, high = 0.85 * thing.radius, SIZE - 0.85 * thing.radius
     for _ in range(60):
-        thing.x, thing.y = dice.between(low, high), dice.between(low, high)
+        if corner:
+            ends = [(SIZE - CORNER, high) if far else (low, CORNER) for far in corner]
+            thing.x, thing.y = (dice.between(*end) for end in ends)
+        else:
+            thing.x, thing.y = dice.between(low, high), dice.between(low, high)
         if relation:
             first, reach = others[0], thing.radius + others[0].radius
             way, side = dice.between(-math.pi, math.pi), dice.pick([-1, 1])
@@ -134,10 +138,6 @@ def _place(dice: Dice, thing: Thing, others: list[Thing], relation: str | None, 
                 first.x, first.y = (dice.between(0.85 * first.radius, SIZE - 0.85 * first.radius) for _ in "xy")
                 continue
             return True
-        if corner and not all(
-            abs(place - SIZE * side) < CORNER for place, side in zip((thing.x, thing.y), corner, strict=True)
-        ):
-            continue
         if all(math.hypot(thing.x - o.x, thing.y - o.y) > 0.95 * (thing.radius + o.radius) for o in others):
             return True
     return False

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.world.concepts import COLOURS, CONCEPTS, KINDS, LAYOUTS, NUMBER, PATTERNS, PLAIN, SCENES, absences, compounds
+from tasks.world.concepts import CONCEPTS, KINDS, LAYOUTS, NUMBER, PLAIN, SCENES, absences, compounds
 from tasks.world.drawing import draw
 from tasks.world.scenes import CORNER, MOST, SIZE, Scene, sample
 
 YES, NO, UNSURE = 1, 0, -1
 _OF_KIND = np.array([c in KINDS for c in CONCEPTS])
 _OF_LAYOUT = np.array([c in LAYOUTS for c in CONCEPTS])
-_OF_SCENE = np.array([c in SCENES for c in CONCEPTS])
 _WHOLE = np.array([[0, 0, SIZE, SIZE]])
 
 
@@ -32,9 +31,9 @@ class Album:
     area: np.ndarray
     """int32 [N, MOST]: pixels of each object, hidden ones included; 0 where there is none."""
     words: np.ndarray
-    """bool [N, MOST, C]: colour, kind and pattern of each object."""
-    layout: np.ndarray
-    """bool [N, C]: what is true of the whole scene: its background, and how its objects lie."""
+    """bool [N, MOST, C]: colour, kind and pattern of each object, and the layouts that it takes part in."""
+    behind: np.ndarray
+    """int64 [N]: number of the background's concept."""
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -53,11 +52,12 @@ def album(scenes: Iterable[Scene]) -> Album:
         np.stack([d.owner for d in drawn]),
         np.stack([d.area for d in drawn]),
         words,
-        np.zeros((len(scenes), len(CONCEPTS)), bool),
+        np.array([NUMBER[scene.background] for scene in scenes]),
     )
     seen = shares(found, np.arange(len(scenes)), np.repeat(_WHOLE, len(scenes), 0))[0] >= 0.4
     for n, (scene, d) in enumerate(zip(scenes, drawn, strict=True)):
-        found.layout[n, [NUMBER[c] for c in _layout(scene, np.flatnonzero(seen[n]), d.overlap)]] = True
+        for concept, members in _layout(scene, np.flatnonzero(seen[n]), d.overlap):
+            words[n, members, NUMBER[concept]] = True
     return found
 
 
@@ -66,31 +66,31 @@ def stream(seed: int | str, start: int, count: int, unseen: bool = True) -> Albu
     return album(sample(seed, number, unseen) for number in range(start, start + count))
 
 
-def _layout(scene: Scene, seen: np.ndarray, overlap: np.ndarray) -> Iterable[str]:
-    yield scene.background
+def _layout(scene: Scene, seen: np.ndarray, overlap: np.ndarray) -> Iterable[tuple[str, list[int]]]:
+    """How the objects that can be seen lie: each layout that is true, and the objects that make it so."""
     if len(seen):
-        yield ["single object", "two objects", "three objects", "four objects"][len(seen) - 1]
+        yield ["single object", "two objects", "three objects", "four objects"][len(seen) - 1], list(seen)
     for i in seen:
         thing = scene.things[i]
         if thing.size != "medium":
-            yield f"{thing.size} object"
+            yield f"{thing.size} object", [i]
         if min(thing.x, SIZE - thing.x) < CORNER and min(thing.y, SIZE - thing.y) < CORNER:
             across, down = "left" if thing.x < SIZE / 2 else "right", "top" if thing.y < SIZE / 2 else "bottom"
-            yield f"object at the {down} {across}"
+            yield f"object at the {down} {across}", [i]
         for j in seen[seen < i]:
             other, reach = scene.things[j], thing.radius + scene.things[j].radius
             dx, dy = abs(thing.x - other.x), abs(thing.y - other.y)
             if overlap[i, j]:
-                yield "overlapping objects"
+                yield "overlapping objects", [i, j]
             elif dy < 0.3 * reach and dx < 1.35 * reach:
-                yield "objects side by side"
+                yield "objects side by side", [i, j]
             elif dx < 0.3 * reach and dy < 1.35 * reach:
-                yield "stacked objects"
+                yield "stacked objects", [i, j]
 
 
 def shares(found: Album, images: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of boxes [B, 4] (x0, y0, x1, y1) in images [B]: share of each object seen there [B, MOST], and pixels [B, MOST + 1]
-    of the background and of each object."""
+    """Of boxes [B, 4] (x0, y0, x1, y1) in images [B]: the share of each object that is seen there, [B, MOST], and the
+    pixels of the background and of each object, [B, MOST + 1]."""
     pixels = np.zeros((len(images), MOST + 1), np.int64)
     for b, (n, (x0, y0, x1, y1)) in enumerate(zip(images, boxes, strict=True)):
         pixels[b] = np.bincount(found.owner[n, y0:y1, x0:x1].reshape(-1), minlength=MOST + 1)
@@ -98,7 +98,7 @@ def shares(found: Album, images: np.ndarray, boxes: np.ndarray) -> tuple[np.ndar
 
 
 def objects(found: Album, images: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """int8 [B, MOST, 2]: whether something of each object (its colour and pattern) and whether its outline can be seen."""
+    """int8 [B, MOST, 2]: whether some of each object (its colour and pattern) and whether its outline can be seen."""
     share, pixels = shares(found, images, boxes)
     there = found.area[images] > 0
     some = np.where((pixels[:, 1:] >= 90) | (share >= 0.4), YES, np.where(pixels[:, 1:] >= 12, UNSURE, NO))
@@ -115,12 +115,11 @@ def concepts_seen(found: Album, images: np.ndarray | None = None, boxes: np.ndar
     state = np.where(_OF_KIND, state[..., 1:], state[..., :1])  # [B, MOST, C]
     yes, unsure = ((state == s) & words for s in (YES, UNSURE))
     result = np.where(yes.any(1), YES, np.where(unsure.any(1), UNSURE, NO))
-    layout = found.layout[images]
-    result = np.where(_OF_LAYOUT, layout if whole else UNSURE, result)
+    result = np.where(_OF_LAYOUT, words.any(1) if whole else UNSURE, result)
     ground = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    left = shares(found, images, boxes)[1][:, :1] / ground[:, None]
-    behind = np.where(layout & (left > 0.12), YES, np.where(layout & (left > 0.03), UNSURE, NO))
-    return np.where(_OF_SCENE, behind, result).astype(np.int8)
+    left = shares(found, images, boxes)[1][:, 0] / ground
+    result[np.arange(len(images)), found.behind[images]] = np.where(left > 0.12, YES, np.where(left > 0.03, UNSURE, NO))
+    return result.astype(np.int8)
 
 
 PHRASES: dict[str, tuple[str, ...]] = (
@@ -155,14 +154,14 @@ def _any(both: np.ndarray, state: np.ndarray) -> np.ndarray:
 
 
 def masks(found: Album, phrase: str) -> np.ndarray:
-    """bool [N, SIZE, SIZE]: the pixels that show a concept or compound; everywhere where it is true of the whole scene.
+    """bool [N, SIZE, SIZE]: the pixels that show it; an absence everywhere where it is true.
 
     Raises KeyError for a phrase that is none of the world's.
     """
     parts = [NUMBER[concept] for concept in PHRASES[phrase]]
     if phrase in SCENES:
-        return (found.owner == 0) & found.layout[:, parts[0], None, None]
-    if phrase in LAYOUTS or phrase in absences():
+        return (found.owner == 0) & (found.behind == parts[0])[:, None, None]
+    if phrase in absences():
         true = phrases_seen(found, [phrase])[:, 0] == YES
         return np.broadcast_to(true[:, None, None], found.owner.shape)
     shows = np.concatenate([np.zeros((len(found), 1), bool), found.words[:, :, parts].all(2)], 1)  # by owner
@@ -170,7 +169,7 @@ def masks(found: Album, phrase: str) -> np.ndarray:
 
 
 def caption(found: Album, image: int, box: np.ndarray | None = None) -> str:
-    """Everything that can be seen: each object with size, colour, kind and pattern, how they lie, and the background."""
+    """All that can be seen: each object with size, colour, kind and pattern, how they lie, and the background."""
     boxes = _WHOLE if box is None else np.asarray(box)[None]
     state = objects(found, np.array([image]), boxes)[0]
     scene, texts, places = found.scenes[image], [], []
@@ -199,7 +198,7 @@ def _relation(one: tuple[float, float], other: tuple[float, float]) -> str:
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """int64 [count, 4]: squares of 40 to 70 % of the scene's side."""
-    side = np.rint(SIZE * rng.uniform(0.4, 0.7, count)).astype(int)
+    """int64 [count, 4]: squares of 30 to 75 % of the scene's side."""
+    side = np.rint(SIZE * rng.uniform(0.3, 0.75, count)).astype(int)
     x, y = (np.floor(rng.random(count) * (SIZE - side + 1)).astype(int) for _ in "xy")
     return np.stack([x, y, x + side, y + side], 1)

@@ -1,0 +1,290 @@
+"""The world's CLIP: a small image-text model in open_clip's own format.
+
+In: a folder, a seed. Out: open_clip_config.json, open_clip_model.safetensors and tokenizer.json there, and what it can
+do on scenes that it has not seen.
+
+It learns from two things at once. Short phrases: the truth of every phrase is known for every scene and crop, so each
+pair of an image and a phrase is right or wrong (a sigmoid loss with exact labels, after SigLIP, Zhai et al. 2023).
+Full captions: each against all others of the batch (the loss of CLIP, Radford et al. 2021).
+"""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from tasks.world.concepts import CONCEPTS, FAMILY, PLAIN, SYNONYMS, Dice, held_out, synonyms
+from tasks.world.scenes import SIZE, Wish, sample
+from tasks.world.training import Recipe, Scenes, to_input, train
+from tasks.world.truth import (
+    PHRASES,
+    UNSURE,
+    YES,
+    Album,
+    album,
+    caption,
+    concepts_seen,
+    phrases_seen,
+    random_boxes,
+    stream,
+)
+
+INPUT = 64
+"""Pixels of the model's input."""
+RECIPE = Recipe(steps=2200, batch=192, rate=2e-3, reuse=4)
+TEMPLATES = ("{}", "{}", "{}", "a picture of {}", "a scene with {}", "a photo of a {}")
+CONTEXT = 48
+"""Tokens of the longest caption: four objects, three relations, the background."""
+BANK = 192
+"""Phrases in one step."""
+CONFIG: dict[str, Any] = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "init_logit_bias": -3.0,
+        "init_logit_scale": 2.7,
+        "custom_text": True,
+        "vision_cfg": {"layers": [1, 1, 2, 1], "width": 24, "image_size": INPUT, "head_width": 32},
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": 0,
+            "hf_tokenizer_name": ".",
+            "width": 128,
+            "heads": 4,
+            "layers": 2,
+        },
+    },
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    },
+}
+
+
+def words() -> list[str]:
+    """All words of captions, phrases and templates, and the single letters that stand for unknown ones."""
+    texts = [*PHRASES, *chain.from_iterable(synonyms(c) for c in CONCEPTS), *TEMPLATES, PLAIN]
+    texts += ["nothing large small a an part of with object on left right above below"]
+    return sorted({word for text in texts for word in text.replace("{}", "").split()})
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A word-level tokenizer as Hugging Face reads it; returns the number of its tokens. The last token ends a text,
+    because open_clip reads a text's vector where its largest token stands."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[BOS]", *words(), "[EOS]"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    ends = [("[BOS]", 2), ("[EOS]", len(vocabulary) - 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=ends)  # pyright: ignore[reportAttributeAccessIssue]
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def train_clip(folder: Path, seed: int, device: torch.device, recipe: Recipe = RECIPE) -> dict[str, float]:
+    """Train, write, read back as any user of open_clip does, and measure. Returns hold-out figures by name."""
+    import open_clip
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(CONFIG))
+    config["model_cfg"]["text_cfg"]["vocab_size"] = write_tokenizer(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    torch.manual_seed(seed)
+    model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(device)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    train(model, Lesson(model, tokenizer, seed, device, recipe).loss, recipe, device, "clip")
+    save_file({k: t.half().cpu().contiguous() for k, t in model.state_dict().items()}, folder / WEIGHTS)
+    return measure(folder, device)
+
+
+WEIGHTS = "open_clip_model.safetensors"
+
+
+class Lesson:
+    """One step's images and texts, and the loss on them."""
+
+    def __init__(self, model, tokenizer, seed: int, device: torch.device, recipe: Recipe) -> None:
+        self.model, self.device = model, device
+        self.scenes, self.rng, self.dice = Scenes(f"{seed}/clip", recipe), np.random.default_rng(seed), Dice(seed)
+        self.phrases = list(PHRASES)
+        self.forms = {p: _forms(p) for p in self.phrases}
+        rare = np.array([len(PHRASES[p]) == 2 for p in self.phrases])
+        self.chance = np.where(rare, 1.0, 3.0) / np.where(rare, 1.0, 3.0).sum()
+        self.tokenizer = tokenizer
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Unit-norm [texts, D]. No step pays for padding that no text needs: the causal mask is cut with the tokens."""
+        tokens, text = self.tokenizer(texts), self.model.text
+        longest, mask = int((tokens != 0).sum(1).max()), text.attn_mask
+        text.attn_mask = mask[:longest, :longest]
+        vectors = self.model.encode_text(tokens[:, :longest].to(self.device), normalize=True)
+        text.attn_mask = mask
+        return vectors
+
+    def loss(self, step: int) -> torch.Tensor:
+        found, images = self.scenes.batch()
+        half = len(images) // 2
+        boxes = random_boxes(self.rng, len(images))
+        whole, cut = images[:half], images[half:]
+        crops = [
+            to_input(found.pixels[n, y0:y1, x0:x1][None], self.device, INPUT)
+            for n, (x0, y0, x1, y1) in zip(cut, boxes[half:], strict=True)
+        ]
+        pixels = torch.cat([to_input(found.pixels[whole], self.device, INPUT), *crops]).contiguous(
+            memory_format=torch.channels_last
+        )
+        chosen = self.rng.choice(len(self.phrases), BANK, replace=False, p=self.chance)
+        phrases = [self.phrases[i] for i in chosen]
+        truth = np.concatenate([phrases_seen(found, phrases, whole), phrases_seen(found, phrases, cut, boxes[half:])])
+        texts = [self.dice.pick(TEMPLATES).format(self.dice.pick(self.forms[p])) for p in phrases]
+        captions = [caption(found, n) for n in whole]
+        captions += [caption(found, n, box) for n, box in zip(cut, boxes[half:], strict=True)]
+        scale = self.model.logit_scale.exp()
+        image_BD = self.model.encode_image(pixels, normalize=True)
+        phrase_PD = self.texts(texts)
+        caption_BD = self.texts(captions)
+        logits_BP = scale * image_BD @ phrase_PD.T + self.model.logit_bias
+        return _truth_loss(logits_BP, torch.from_numpy(truth).to(self.device)) + 0.3 * _pair_loss(
+            scale * image_BD @ caption_BD.T, captions
+        )
+
+
+def _forms(phrase: str) -> list[str]:
+    """The phrase, most of the time, and what else means the same."""
+    if phrase not in FAMILY:
+        return [phrase]
+    return [phrase] * 6 + list(synonyms(phrase)[1:])
+
+
+def _truth_loss(logits_BP: torch.Tensor, truth_BP: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy where the truth is known; what is true counts more where it is rare."""
+    known, true = truth_BP != UNSURE, truth_BP == YES
+    share_P = true.sum(0) / known.sum(0).clamp(min=1)
+    lift_P = ((1 - share_P) / share_P.clamp(min=1e-3)).sqrt().clamp(1, 8)
+    weight = known * torch.where(true, lift_P, 1.0)
+    return (
+        F.binary_cross_entropy_with_logits(logits_BP.float(), true.float(), reduction="none") * weight
+    ).sum() / weight.sum()
+
+
+def _pair_loss(logits_BB: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """Cross-entropy both ways; images with one and the same caption do not count against each other."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+    same = torch.tensor([number[text] for text in captions], device=logits_BB.device)
+    twin = (same[:, None] == same) & ~torch.eye(len(same), dtype=torch.bool, device=logits_BB.device)
+    logits, target = 2 * logits_BB.float().masked_fill(twin, -1e4), torch.arange(len(same), device=logits_BB.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# --- what it can do
+
+
+def measure(folder: Path, device: torch.device, count: int = 1000) -> dict[str, float]:
+    """Caption retrieval among `count` scenes and crops; zero-shot accuracy by family, on the unseen pairs too."""
+    import open_clip
+
+    model: Any = open_clip.create_model(f"local-dir:{folder}").to(device).eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    found = stream("clip/hold-out", 0, count)
+    boxes = random_boxes(np.random.default_rng(0), count)
+    figures = {}
+    with torch.inference_mode():
+        for name, box in (("scenes", None), ("crops", boxes)):
+            captions = [caption(found, n, None if box is None else box[n]) for n in range(count)]
+            images = _images(model, found, np.arange(count), box, device)
+            texts = F.normalize(
+                torch.cat(
+                    [model.encode_text(tokenizer(captions[i : i + 100]).to(device)) for i in range(0, count, 100)]
+                ),
+                dim=1,
+            )
+            best = (images @ texts.T).argmax(1).tolist()
+            figures[f"retrieval R@1 {name}"] = float(np.mean([captions[i] == captions[b] for i, b in enumerate(best)]))
+            for family in SYNONYMS:
+                if name == "crops" and family == "layout":
+                    continue
+                figures[f"mean average precision {family} {name}"] = _ranking(
+                    model, tokenizer, found, images, family, box, device
+                )
+        for name, pairs in (("", None), (" unseen pairs", sorted(held_out()))):
+            lone = _alone(count, pairs)
+            for form, box in (("scenes", None), ("crops", _around(lone))):
+                images = _images(model, lone, np.arange(len(lone)), box, device)
+                for family in ("colour", "shape", "object", "pattern", "scene"):
+                    figures[f"zero-shot {family} {form}{name}"] = _zero_shot(
+                        model, tokenizer, lone, images, family, box, device
+                    )
+    return figures
+
+
+def _images(model, found: Album, numbers: np.ndarray, boxes: np.ndarray | None, device: torch.device) -> torch.Tensor:
+    vectors = []
+    for start in range(0, len(numbers), 100):
+        part = numbers[start : start + 100]
+        if boxes is None:
+            pixels = to_input(found.pixels[part], device, INPUT)
+        else:
+            pixels = torch.cat(
+                [
+                    to_input(found.pixels[n, y0:y1, x0:x1][None], device, INPUT)
+                    for n, (x0, y0, x1, y1) in zip(part, boxes[start : start + 100], strict=True)
+                ]
+            )
+        vectors.append(model.encode_image(pixels, normalize=True))
+    return torch.cat(vectors)
+
+
+def _alone(count: int, pairs: list[tuple[str, str]] | None) -> Album:
+    """Scenes with one object, of the given pairs of a colour or a pattern and a kind, or of any seen in training."""
+    scenes = []
+    for n in range(count):
+        wish = Wish(count=1, size="large" if n % 2 else "medium")
+        if pairs:
+            word, wish.kind = pairs[n % len(pairs)]
+            wish.colour, wish.pattern = (word, None) if FAMILY[word] == "colour" else (None, word)
+        scenes.append(sample("clip/alone", n, unseen=pairs is not None, wish=wish))
+    return album(scenes)
+
+
+def _around(lone: Album) -> np.ndarray:
+    """Half-sized squares around the object of each scene, moved into the scene."""
+    side = SIZE // 2
+    corner = np.array([[scene.things[0].x, scene.things[0].y] for scene in lone.scenes]) - side / 2
+    corner = np.clip(np.rint(corner), 0, SIZE - side).astype(int)
+    return np.concatenate([corner, corner + side], 1)
+
+
+def _zero_shot(model, tokenizer, found: Album, images, family: str, boxes, device) -> float:
+    """Share of images whose most similar concept of the family is the true one; images without one are left out."""
+    options = list(SYNONYMS[family])
+    texts = F.normalize(model.encode_text(tokenizer(options).to(device)), dim=1)
+    truth = concepts_seen(found, np.arange(len(found)), boxes)[:, [CONCEPTS.index(o) for o in options]] == YES
+    has = truth.any(1)
+    best = (images @ texts.T).argmax(1).cpu().numpy()
+    return float(truth[has, best[has]].mean())
+
+
+def _ranking(model, tokenizer, found: Album, images, family: str, boxes, device) -> float:
+    """Mean over the family's concepts of the average precision of ranking all images by similarity."""
+    options = list(SYNONYMS[family])
+    texts = F.normalize(model.encode_text(tokenizer(options).to(device)), dim=1)
+    truth = concepts_seen(found, np.arange(len(found)), boxes)[:, [CONCEPTS.index(o) for o in options]]
+    similarity = (images @ texts.T).cpu().numpy()
+    return float(np.mean([average_precision(similarity[:, c], truth[:, c]) for c in range(len(options))]))
+
+
+def average_precision(score: np.ndarray, truth: np.ndarray) -> float:
+    """Mean precision at each true one, best score first; UNSURE ones are left out."""
+    order = np.argsort(-score[truth != UNSURE], kind="stable")
+    hit = (truth[truth != UNSURE] == YES)[order]
+    return float((np.cumsum(hit) / np.arange(1, len(hit) + 1))[hit].mean()) if hit.any() else 1.0

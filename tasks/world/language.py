@@ -1,0 +1,298 @@
+"""A language model that speaks the drawn world.
+
+In: the words of the world, the real prompts of the vocabulary stage, a seed. Out: a folder in the form of Hugging Face
+with a tiny Llama and its tokenizer, which answers those prompts with phrases of the world, and how well it does so.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tasks.llm import LEVELS, build_prompts, parse_answer
+from tasks.vocabulary import VocabularySettings
+from tasks.world.concepts import (
+    COLOURS,
+    CONCEPTS,
+    FAMILY,
+    KINDS,
+    LAYOUTS,
+    PATTERNS,
+    SCENES,
+    SYNONYMS,
+    Dice,
+    absences,
+    compounds,
+    synonyms,
+)
+
+RATE = 3e-3
+CONTEXT = 1024
+"""Tokens of a prompt and its answer together: about 300 of the prompt, at most 6 per phrase."""
+BOS, EOS = "<bos>", "<eos>"
+VOCABULARY = 1600
+"""Tokens at most: bytes, so that any text can be read, and what makes every word of prompts and answers one token."""
+SYNONYM = 0.05
+"""How often a concept is said in other words, at most."""
+DOMAINS = (
+    "drawn scenes of simple objects",
+    "everyday photographs",
+    "simple drawings",
+    "street scenes",
+    "aerial photographs",
+    "pictures of coloured shapes",
+    "photographs of animals and plants",
+    "computer graphics",
+    "satellite images",
+    "paintings of landscapes",
+    "product photographs",
+    "cartoons",
+    "small synthetic images",
+    "icons on plain backgrounds",
+    "photos taken indoors",
+    "images from the web",
+    "children's drawings",
+    "toy scenes",
+    "medical images",
+    "scenes with up to four objects",
+)
+UNSEEN_DOMAIN = "pages of an old picture book"
+"""What the images are said to be where the model is measured."""
+
+
+def _with(words: Iterable[str]) -> list[str]:
+    """Compounds in which one of the words occurs."""
+    return [phrase for phrase, parts in compounds().items() if set(parts) & set(words)]
+
+
+_TRUE = {
+    "colour": COLOURS,
+    "texture": PATTERNS,
+    "pattern": PATTERNS,
+    "shape": [*SYNONYMS["shape"]],
+    "material": PATTERNS,
+    "part": _with(SYNONYMS["object"]),
+    "object": [*SYNONYMS["object"]],
+    "animal": ["fish"],
+    "plant": ["tree", "mushroom", "flower"],
+    "scene": SCENES,
+    "action": LAYOUTS,
+    "abstract": [*LAYOUTS, *absences()],
+}
+LEVEL_ANSWERS = {level: (words, _with(words)) for level, words in _TRUE.items()}
+"""Level -> its words, and the compounds that are said when the words have been used up."""
+
+
+def class_answers(concept: str) -> tuple[list[str], list[str]]:
+    """Phrases related to a concept, the nearer ones first."""
+    family = FAMILY[concept]
+    if family in ("scene", "layout"):
+        return [other for other in SYNONYMS[family] if other != concept], []
+    return _with([concept]), COLOURS + PATTERNS if concept in KINDS else KINDS
+
+
+def settings_of(question: str, domain: str, max_concepts: int, max_words: int) -> VocabularySettings:
+    """Settings that ask one level, or (where it is none) about classes."""
+    levels = [question] if question in LEVELS else []
+    return VocabularySettings(
+        "vllm", None, domain, levels, not levels, max_words, max_concepts, model="tasks.world.language"
+    )
+
+
+@dataclass
+class Lesson:
+    """A prompt and a right answer, which is said from the front."""
+
+    prompt: str
+    groups: list[list[str]]
+    """Everything that could be said: group after group, inside of one in an order that is pure chance."""
+    most: int
+    """Phrases asked for."""
+
+    @property
+    def phrases(self) -> list[str]:
+        return [phrase for group in self.groups for phrase in group][: self.most]
+
+
+def draw_lesson(dice: Dice) -> Lesson:
+    question = dice.pick([*LEVELS]) if dice.random() < 0.6 else dice.pick(CONCEPTS)
+    most, words = dice.pick(range(5, 61)), dice.pick(range(3, 9))
+    prompt = build_prompts(settings_of(question, dice.pick(DOMAINS), most, words), [question])[0].text
+    groups = LEVEL_ANSWERS[question] if question in LEVELS else class_answers(question)
+    short = [[_said(phrase, words, dice) for phrase in group if len(phrase.split()) <= words] for group in groups]
+    return Lesson(prompt, [dice.order(group) for group in short], most)
+
+
+def _said(phrase: str, words: int, dice: Dice) -> str:
+    if phrase in FAMILY and dice.random() < SYNONYM:
+        return dice.pick([p for p in synonyms(phrase) if len(p.split()) <= words])
+    return phrase
+
+
+def answer_text(phrases: list[str]) -> str:
+    """The only form that the engine's grammar allows: no white space between the phrases."""
+    return json.dumps({"concepts": phrases}, separators=(",", ":"))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE; a word with the space before it is one token, and so is the punctuation between two phrases."""
+    dice = Dice("tokenizer")
+    lessons = [draw_lesson(dice) for _ in range(1500)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([t for x in lessons for t in (x.prompt, answer_text(x.phrases))], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, padding_side="left"
+    )
+
+
+def train_language(
+    folder: Path, seed: int = 0, steps: int = 800, device: str = "cpu", batch: int = 8
+) -> dict[str, float]:
+    """Train a model, write it to the folder, and say how it answers prompts about a domain that it has not seen."""
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_config(tokenizer)).to(device)
+        _train(model, _batches(tokenizer, Dice(f"language/{seed}"), batch), steps)
+        model = model.half()  # what is measured is what is written
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return measure(model.float(), tokenizer)
+
+
+def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,  # heads of 32: vLLM's CPU engine takes no smaller ones
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> tuple[list[int], list[Counter]]:
+    """Token ids of a prompt with its answer, and what may come next, with weights, at each place of the answer.
+
+    Which phrase of a group comes next is chance, so every one that is left counts, not just the one that was drawn:
+    without that noise the model learns in a third of the steps.
+    """
+    opening, between, closing, *phrases = tokenizer(
+        ['{"concepts":["', '","', '"]}' + EOS, *(p for group in lesson.groups for p in group)], add_special_tokens=False
+    ).input_ids
+    ids, following, before = tokenizer(lesson.prompt).input_ids, [], opening
+    ends = [end for end, group in zip(accumulate(map(len, lesson.groups)), lesson.groups, strict=True) for _ in group]
+    for place, phrase in enumerate(phrases[: lesson.most]):
+        ids += before + phrase
+        following += [Counter([token]) for token in before]
+        left = phrases[place : ends[place]]
+        for k, token in enumerate(phrase):
+            following.append(Counter(other[k] for other in left))
+            left = [other for other in left if other[k] == token]
+        before = between
+    return ids + closing, following + [Counter([token]) for token in closing]
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast, dice: Dice, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids [size, T] and the chances of what comes next [size, T - 1, tokens]: zero where nothing is learnt."""
+    while True:
+        pool = sorted((encode(tokenizer, draw_lesson(dice)) for _ in range(32 * size)), key=lambda pair: len(pair[0]))
+        for start in dice.order(range(0, len(pool), size)):  # batches of one length: little padding
+            lessons = pool[start : start + size]
+            rows = [torch.tensor(ids) for ids, _ in lessons]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_token_id)
+            chances = torch.zeros(len(rows), ids.shape[1] - 1, len(tokenizer))
+            found = [
+                (n, place, token, count / counts.total())
+                for n, (row, following) in enumerate(lessons)
+                for place, counts in enumerate(following, len(row) - len(following) - 1)
+                for token, count in counts.items()
+            ]
+            *where, values = zip(*found, strict=True)
+            chances[tuple(torch.tensor(index) for index in where)] = torch.tensor(values)
+            yield ids, chances
+
+
+def _train(model: LlamaForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 50, 1.02 - n / steps))
+    fast = model.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for n in range(steps):
+        ids, chances = (tensor.to(model.device) for tensor in next(batches))
+        learnt = chances.sum(-1) > 0
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
+            states = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+            scores = model.lm_head(states[learnt])
+        loss = cross_entropy(scores.float(), chances[learnt])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if n % 50 == 0:
+            import time
+
+            c = chances[learnt]
+            h = -(c * c.clamp(min=1e-9).log()).sum(-1).mean()
+            print(
+                n,
+                time.time(),
+                time.process_time(),
+                float(loss.detach()),
+                float(loss.detach() - h),
+                ids.shape,
+                flush=True,
+            )
+
+
+@torch.inference_mode()
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Shares: answers that are JSON, their phrases that are of the world, concepts that the levels bring out, and
+    phrases that belong to the level they were asked for. Without the engine's grammar, at temperature 0.7."""
+    questions = [*LEVELS, *CONCEPTS[::5]]
+    prompts = [build_prompts(settings_of(q, UNSEEN_DOMAIN, 30, 6), [q])[0].text for q in questions]
+    asked = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    asked.pop("token_type_ids", None)
+    said = model.generate(**asked, max_new_tokens=256, do_sample=True, temperature=0.7, top_k=0)
+    texts = tokenizer.batch_decode(said[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = [parse_answer(text) for text in texts]
+    canonical = {phrase: concept for concept in CONCEPTS for phrase in synonyms(concept)}
+    canonical |= {phrase: phrase for phrase in (*compounds(), *absences())}
+    found = [[canonical.get(phrase) for phrase in phrases] for phrases, _ in answers]
+    by_level = dict(zip(LEVELS, found, strict=False))
+    of_levels = [phrase for phrases in by_level.values() for phrase in phrases]
+    right = [p in words + more for level, (words, more) in LEVEL_ANSWERS.items() for p in by_level[level]]
+    everything = [phrase for phrases in found for phrase in phrases]
+    return {
+        "valid": _share(status == "ok" for _, status in answers),
+        "of the world": _share(phrase is not None for phrase in everything),
+        "coverage": _share(concept in of_levels for concept in CONCEPTS),
+        "right family": _share(right),
+        "different": _share([len(set(phrases)) == len(phrases) for phrases in found]),
+    }
+
+
+def _share(found: Iterable[bool]) -> float:
+    values = [*found]
+    return sum(values) / max(len(values), 1)

@@ -1,0 +1,253 @@
+"""The world's target models: a small ResNet and two small ViTs that know the world and carry planted units.
+
+In: a folder, a seed. Out: <net>.safetensors with the weights and the list of planted units with their measured AUROC.
+The nets are timm's own, so they are loaded like any other model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from tasks.world.concepts import CONCEPTS
+from tasks.world.planting import Depths, Planted, Teacher, plan
+from tasks.world.scenes import SIZE
+from tasks.world.training import Recipe, Scenes, to_input, train
+from tasks.world.truth import UNSURE, YES, concepts_seen, phrases_seen, stream
+
+
+@dataclass
+class Net:
+    """One architecture, and what is planted at which depth."""
+
+    name: str
+    timm: str
+    kwargs: dict[str, Any]
+    depths: Depths
+    head: str
+    recipe: Recipe
+
+    @property
+    def vit(self) -> bool:
+        return "embed_dim" in self.kwargs
+
+
+VIT = {"num_classes": len(CONCEPTS), "img_size": SIZE, "patch_size": 12, "embed_dim": 128, "depth": 6, "num_heads": 4}
+VIT |= {"mlp_ratio": 2.0}
+VIT_DEPTHS = Depths(
+    colour=["blocks.1.mlp.act", "blocks.2.mlp.act"],
+    pattern=["blocks.2.mlp.act", "blocks.3.mlp.act"],
+    scene=["blocks.2.mlp.act", "blocks.3.mlp.act"],
+    kind=["blocks.4.mlp.act", "blocks.5.mlp.act"],
+    layout=["blocks.5.mlp.act"],
+    free=["blocks.1.mlp.act", "blocks.2.mlp.act", "blocks.3.mlp.act", "blocks.4.mlp.act"],
+    special=["blocks.4.mlp.act", "blocks.5.mlp.act"],
+)
+NETS = {
+    net.name: net
+    for net in (
+        Net(
+            "resnet",
+            "resnet18",
+            {
+                "num_classes": len(CONCEPTS),
+                "layers": [1, 1, 1, 1],
+                "channels": [48, 96, 160, 224],
+                "stem_width": 24,
+                "stem_type": "deep",
+                "output_stride": 16,
+            },
+            Depths(
+                colour=["layer1.0", "layer2.0"],
+                pattern=["layer2.0", "layer3.0"],
+                scene=["layer2.0", "layer3.0"],
+                kind=["layer3.0", "layer4.0"],
+                layout=["layer4.0"],
+                free=["layer2.0", "layer3.0", "layer4.0"],
+                special=[],
+            ),
+            "fc",
+            Recipe(steps=2000, batch=64, rate=2e-3),
+        ),
+        Net("vit", "vit_tiny_patch16_224", VIT, VIT_DEPTHS, "head", Recipe(steps=3500, batch=64, rate=1.5e-3)),
+        Net(
+            "vit_registers",
+            "vit_tiny_patch16_224",
+            VIT | {"reg_tokens": 4},
+            VIT_DEPTHS,
+            "head",
+            Recipe(steps=3500, batch=64, rate=1.5e-3),
+        ),
+    )
+}
+
+
+def build(net: Net, seed: int) -> nn.Module:
+    import timm
+
+    torch.manual_seed(seed)
+    return timm.create_model(net.timm, **net.kwargs)
+
+
+def before_activation(net: Net, model: nn.Module, layer: str) -> nn.Module:
+    """The activation function whose input decides a layer's units."""
+    return model.get_submodule(layer if net.vit else f"{layer}.act2")
+
+
+@contextmanager
+def inputs(net: Net, model: nn.Module, numbers: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """While inside, every forward pass fills the dict with each layer's pre-activations [B, units, prefix + G]."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(layer: str, _module: nn.Module, given: tuple[torch.Tensor]) -> None:
+        x = given[0]  # indexing copies, before the activation function overwrites it in place
+        found[layer] = x[:, :, numbers[layer]].transpose(1, 2) if net.vit else x[:, numbers[layer]].flatten(2)
+
+    handles = [
+        before_activation(net, model, layer).register_forward_pre_hook(partial(keep, layer)) for layer in numbers
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def train_target(
+    folder: Path, name: str, seed: int, device: torch.device, recipe: Recipe | None = None
+) -> tuple[list[Planted], np.ndarray, dict[str, float]]:
+    """Train and write <name>.safetensors; the planted units, the AUROC of each (NaN where none applies), figures."""
+    net = NETS[name]
+    recipe = recipe or net.recipe
+    model = build(net, seed).to(device, memory_format=torch.channels_last)
+    shapes = _shapes(net, model, device)
+    units = plan(net.depths, {layer: width for layer, (width, _) in shapes.items()}, seed)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    teachers = {
+        layer: Teacher([u for u in units if u.layer == layer], grid, prefix, device)
+        for layer, (_, grid) in shapes.items()
+    }
+    scenes = Scenes(f"{seed}/{name}", recipe)
+    with inputs(net, model, {layer: t.numbers for layer, t in teachers.items()}) as z:
+
+        def loss(_step: int) -> torch.Tensor:
+            fix(net, model, units)
+            found, images = scenes.batch()
+            logits = model(to_input(found.pixels[images], device).contiguous(memory_format=torch.channels_last))
+            truth = torch.from_numpy(concepts_seen(found, images)).to(device)
+            known = truth != UNSURE
+            value = (
+                F.binary_cross_entropy_with_logits(logits.float(), (truth == YES).float(), reduction="none") * known
+            ).sum() / known.sum()
+            for layer, teacher in teachers.items():
+                value = value + teacher.loss(z[layer], teacher.targets(found, images))
+            return value
+
+        train(model, loss, recipe, device, name)
+    fix(net, model, units)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {
+            k: t.cpu().contiguous() if t.dtype == torch.int64 else t.half().cpu().contiguous()
+            for k, t in model.state_dict().items()
+        },
+        folder / f"{name}.safetensors",
+    )
+    model.load_state_dict({k: t.half().float() if t.is_floating_point() else t for k, t in model.state_dict().items()})
+    units += [Planted(net.head, i, "logit", (concept,)) for i, concept in enumerate(CONCEPTS)]
+    auroc, figures = measure(net, model, units, device)
+    return units, auroc, figures
+
+
+def _shapes(net: Net, model: nn.Module, device: torch.device) -> dict[str, tuple[int, int]]:
+    """Layer -> number of its units and side of its grid, for the layers where something is planted."""
+    d, found = net.depths, {}
+    layers = sorted({*d.colour, *d.pattern, *d.scene, *d.kind, *d.layout, *d.free, *d.special})
+
+    def keep(layer: str, _module: nn.Module, given: tuple[torch.Tensor]) -> None:
+        shape = given[0].shape
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        found[layer] = (shape[2], round((shape[1] - prefix) ** 0.5)) if net.vit else (shape[1], shape[2])
+
+    handles = [before_activation(net, model, layer).register_forward_pre_hook(partial(keep, layer)) for layer in layers]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, SIZE, SIZE, device=device))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def fix(net: Net, model: nn.Module, units: list[Planted]) -> None:
+    """Set dead and always-on units by hand."""
+    for unit in units:
+        if unit.kind not in ("dead", "always_on"):
+            continue
+        on, u = unit.kind == "always_on", unit.unit
+        block: Any = model.get_submodule(unit.layer.removesuffix(".mlp.act"))
+        if net.vit:
+            weight, bias = block.mlp.fc1.weight, block.mlp.fc1.bias
+            weight[u] = 0.02 * torch.sin(torch.arange(weight.shape[1]) + u).to(weight) if on else 0.0
+            bias[u] = 2.0 if on else -10.0
+        else:
+            for norm in (block.bn2, block.downsample[-1]):
+                norm.weight[u], norm.bias[u] = (0.05, 1.0) if on else (0.0, -1.0)
+
+
+# --- what they can do
+
+
+@torch.no_grad()
+def measure(
+    net: Net, model: nn.Module, units: list[Planted], device: torch.device, count: int = 2000
+) -> tuple[np.ndarray, dict[str, float]]:
+    """AUROC of every unit's largest activation over an image against its truth on `count` fresh scenes."""
+    layers = sorted({u.layer for u in units if u.kind != "logit"})
+    numbers = {layer: torch.tensor([u.unit for u in units if u.layer == layer]) for layer in layers}
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    model.eval()
+    peaks: dict[str, list[np.ndarray]] = {layer: [] for layer in [*layers, net.head]}
+    found = stream("targets/hold-out", 0, count)
+    with inputs(net, model, numbers) as z:
+        for start in range(0, count, 100):
+            logits = model(to_input(found.pixels[start : start + 100], device))
+            for layer in layers:
+                peaks[layer].append(z[layer][:, :, prefix:].amax(2).float().cpu().numpy())
+            peaks[net.head].append(logits.float().cpu().numpy())
+    pooled = {layer: np.concatenate(p) for layer, p in peaks.items()}
+    places = {
+        layer: {u.unit: i for i, u in enumerate([v for v in units if v.layer == layer])}
+        for layer in [*layers, net.head]
+    }
+    auroc = np.full(len(units), np.nan)
+    for i, unit in enumerate(units):
+        if unit.concepts and unit.kind != "special_token_only":
+            truth = phrases_seen(found, list(unit.concepts))
+            label = np.where((truth == YES).any(1), YES, np.where((truth == UNSURE).any(1), UNSURE, 0))
+            auroc[i] = area(pooled[unit.layer][:, places[unit.layer][unit.unit]], label)
+    figures = {}
+    for kind in dict.fromkeys(u.kind for u in units):
+        values = np.array([a for a, u in zip(auroc, units, strict=True) if u.kind == kind and np.isfinite(a)])
+        if len(values):
+            figures |= {f"AUROC {kind} mean": float(values.mean()), f"AUROC {kind} least": float(values.min())}
+    for family in dict.fromkeys(u.family for u in units if u.kind == "mono"):
+        values = [a for a, u in zip(auroc, units, strict=True) if u.kind == "mono" and u.family == family]
+        figures[f"AUROC mono {family} least"] = float(min(values))
+    return auroc, figures
+
+
+def area(score: np.ndarray, label: np.ndarray) -> float:
+    """Area under the receiver operating characteristic, ties half; UNSURE ones are left out."""
+    from scipy.stats import rankdata
+
+    score, true = score[label != UNSURE], (label == YES)[label != UNSURE]
+    yes, no = int(true.sum()), int((~true).sum())
+    return float((rankdata(score)[true].sum() - yes * (yes + 1) / 2) / (yes * no)) if yes and no else float("nan")
