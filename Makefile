@@ -27,6 +27,9 @@ browser:  # Chromium for the tests of the report page; Debian and Ubuntu, as roo
 	  [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && { apt-get update -qq && apt-get install -y -qq chromium > /dev/null; }; } || \
 	  echo "no Chromium: the page tests will be skipped"
 
+demo: setup  ## name planted neurons whose truth is known, on this machine, in a few minutes
+	$(BIN)/axonym demo
+
 test: setup browser  ## run the tests
 	$(BIN)/python -m pytest
 
@@ -40,4 +43,4 @@ lock: | $(filter .uv/bin/uv,$(UV))  ## resolve all versions anew
 	  echo torch==2.13.0 | $(UV) pip compile --quiet pyproject.toml --extra $$kind --extra dev --python-version 3.11 \
 	    --no-emit-index-url --generate-hashes --no-header --override /dev/stdin -o infra/requirements-$$kind.txt; done
 
-.PHONY: help setup browser test check lock
+.PHONY: help setup browser demo test check lock

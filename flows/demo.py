@@ -24,12 +24,10 @@ EXAMPLES = 12
 
 
 def main(arguments: list[str]) -> int:
-    chosen = [a.partition("=world_")[2] for a in arguments if a.startswith("target=")]
-    unknown = [net for net in chosen if net not in LAYERS]
-    if unknown:
-        raise ValueError(
-            f"target={unknown[0]}: the demo needs planted units; allowed are world_{', world_'.join(LAYERS)}"
-        )
+    chosen = [a.removeprefix("target=world_") for a in arguments if a.startswith("target=")]
+    if unknown := [net for net in chosen if net not in LAYERS]:
+        allowed = ", ".join(f"world_{net}" for net in LAYERS)
+        raise ValueError(f"{unknown[0]}: the demo needs planted units; allowed are {allowed}")
     rest = [a for a in arguments if not a.startswith("target=")]
     start, sweeps = time.monotonic(), {net: _sweep(net, rest) for net in chosen or NETS}
     for sweep in sweeps.values():

@@ -127,11 +127,12 @@ class Sweep:
     def folder(self, stage: str) -> Folder:
         return self.manifest.folder(stage)
 
-    def _stage(
-        self, folder: Folder, worker: str, job: Any, parts: int, items: int, unit: str, alone: bool = False
-    ) -> None:
+    def _stage(self, job: Any, items: int, unit: str, alone: bool = False) -> None:
+        """Run the worker that stands beside the job's class."""
         self.manifest.save()
-        self.worked |= run_stage(Work(folder, f"tasks.{worker}", job, parts, items, unit, alone), self.config.cluster)
+        worker = f"{type(job).__module__}:{type(job).__name__.removesuffix('Job')}Worker"
+        work = Work(job.out, worker, job, self.manifest.parts[job.out.stage], items, unit, alone)
+        self.worked |= run_stage(work, self.config.cluster)
 
     def probing(self) -> None:
         settings = self.config.probing
@@ -144,9 +145,7 @@ class Sweep:
             listing.write(0, {"listing": make_table("listing", columns)})
         parts = -(-len(self.rows) // settings.shard_size)
         folder = self.manifest.plan("probing", payload, parts, ("pillow",))
-        self._stage(
-            folder, "probing:ProbingWorker", ProbingJob(folder, listing, settings), parts, len(self.rows), "image"
-        )
+        self._stage(ProbingJob(folder, listing, settings), len(self.rows), "image")
         self.images = ImageList(folder, settings.shard_size, settings.batch_size, settings.pooled_max, settings.options)
         self._usable()
         self.data = self.images.digest()
@@ -167,7 +166,7 @@ class Sweep:
         del payload["path"], payload["model"]  # where they lie is no matter; what they hold is in the identity
         folder = self.manifest.plan("vocabulary", payload, 1)
         job = VocabularyJob(folder, settings, self.class_names)
-        self._stage(folder, "vocabulary:VocabularyWorker", job, 1, 1, "vocabulary", settings.source == "vllm")
+        self._stage(job, 1, "vocabulary", settings.source == "vllm")
         self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
 
     def image_embeddings(self) -> None:
@@ -175,7 +174,7 @@ class Sweep:
         payload = {"data": self.data, "clip": self.clip}
         folder = self.manifest.plan("image_embeddings", payload, parts, CLIP)
         job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
-        self._stage(folder, "image_embeddings:ImageEmbeddingsWorker", job, parts, len(self.images), "image")
+        self._stage(job, len(self.images), "image")
 
     def concept_embeddings(self) -> None:
         config, parts = self.config, -(-self.num_concepts // CONCEPTS_PER_PART)
@@ -184,7 +183,7 @@ class Sweep:
         payload |= {"templates": config.clip.templates, "batch_size": batch}
         folder = self.manifest.plan("concept_embeddings", payload, parts, CLIP)
         job = ConceptEmbeddingsJob(folder, self.folder("vocabulary"), config.clip, batch, config.cluster.threads)
-        self._stage(folder, "embeddings:ConceptEmbeddingsWorker", job, parts, self.num_concepts, "concept")
+        self._stage(job, self.num_concepts, "concept")
 
     def precision(self) -> None:
         """Only where the target model runs on a GPU and its number format is left to us."""
@@ -196,7 +195,7 @@ class Sweep:
         if on_gpu:
             folder = self.manifest.plan("precision", self._target_payload(), 1, MODEL)
             job = PrecisionJob(folder, self._target_pass())
-            self._stage(folder, "precision:PrecisionWorker", job, 1, 1, "model")
+            self._stage(job, 1, "model")
             self.dtype = choose_dtype(folder)
 
     def _target_payload(self) -> dict[str, Any]:
@@ -221,27 +220,27 @@ class Sweep:
         folder = self.manifest.plan("activations", payload, parts, MODEL)
         read = self.folder("image_embeddings")
         job = ActivationsJob(folder, self._target_pass(), read, self.blocks, config.layers.pool, config.activations)
-        self._stage(folder, "activations:ActivationsWorker", job, parts, len(self.images), "image")
+        self._stage(job, len(self.images), "image")
 
     def exemplars(self) -> None:
         parts = len(self.blocks)
         folder = self.manifest.plan("exemplars", {"activations": self.manifest.stages["activations"]}, parts)
         job = ExemplarsJob(folder, self.images, self.folder("activations"), self.blocks, self.config.activations.k)
-        self._stage(folder, "exemplars:ExemplarsWorker", job, parts, self.num_units, "unit")
+        self._stage(job, self.num_units, "unit")
 
     def patches(self) -> None:
         config, parts = self.config, self.images.num_shards
         payload = asdict(config.patches) | {"exemplars": self.manifest.stages["exemplars"]}
         folder = self.manifest.plan("patches", payload, parts, MODEL)
         job = PatchesJob(folder, self._target_pass(), self.folder("exemplars"), self.blocks, config.patches)
-        self._stage(folder, "patches:PatchesWorker", job, parts, len(self.images), "image")
+        self._stage(job, len(self.images), "image")
 
     def embeddings(self) -> None:
         config, parts = self.config, self.images.num_shards
         payload = {"patches": self.manifest.stages["patches"], "clip": self.clip}
         folder = self.manifest.plan("embeddings", payload, parts, CLIP)
         job = EmbeddingsJob(folder, self.images, self.folder("patches"), config.clip, config.cluster.threads)
-        self._stage(folder, "embeddings:EmbeddingsWorker", job, parts, len(self.images), "image")
+        self._stage(job, len(self.images), "image")
 
     def scores(self) -> None:
         config, parts = self.config, len(self.blocks)
@@ -258,24 +257,22 @@ class Sweep:
             num_patches=config.patches.k,
             threads=config.cluster.threads,
         )
-        self._stage(folder, "scores:ScoresWorker", job, parts, self.num_units, "unit")
+        self._stage(job, self.num_units, "unit")
 
     def explanations(self) -> None:
         parts = len(self.blocks)
         folder = self.manifest.plan("explanations", {"scores": self.manifest.stages["scores"]}, parts)
         job = ExplanationsJob(folder, self.folder("scores"), self.folder("exemplars"), self.blocks)
-        self._stage(folder, "explanations:ExplanationsWorker", job, parts, self.num_units, "unit")
+        self._stage(job, self.num_units, "unit")
 
     def validation(self) -> None:
-        parts, read = (
-            len(self.blocks),
-            ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations"),
-        )
+        parts = len(self.blocks)
+        read = ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations")
         payload = {stage: self.manifest.stages[stage] for stage in read}
         folder = self.manifest.plan("validation", payload, parts, ("numpy", "scipy"))
         folders = {stage: self.folder(stage) for stage in read}
         job = ValidationJob(folder, self.images, **folders, blocks=self.blocks, threads=self.config.cluster.threads)
-        self._stage(folder, "validation:ValidationWorker", job, parts, self.num_units, "unit")
+        self._stage(job, self.num_units, "unit")
 
     def neurons(self) -> None:
         parts = len(self.blocks)
@@ -288,7 +285,7 @@ class Sweep:
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
         twin = self.twin and self.twin.folder("validation")
         job = NeuronsJob(folder, **folders, twin=twin, blocks=self.blocks, settings=self.config.neurons)
-        self._stage(folder, "neurons:NeuronsWorker", job, parts, self.num_units, "unit")
+        self._stage(job, self.num_units, "unit")
 
     def drawn(self) -> None:
         """Only over images of the drawn world: there every name of the world can be drawn and tested."""
@@ -301,7 +298,7 @@ class Sweep:
         payload |= {"world": [files.VERSION, orders.VERSION]}
         folder = self.manifest.plan("drawn", payload, parts, (*MODEL, "scipy"))
         job = DrawnJob(folder, self._target_pass(), self.folder("neurons"), config.layers.pool, config.drawn)
-        self._stage(folder, "drawn:DrawnWorker", job, parts, len(phrases), "phrase")
+        self._stage(job, len(phrases), "phrase")
 
     def report(self) -> None:
         config, parts = self.config, num_parts(self.images, self.target.layers)
@@ -328,7 +325,7 @@ class Sweep:
             facts=facts,
             drawn=self.folder("drawn") if "drawn" in self.manifest.stages else None,
         )
-        self._stage(folder, "report:ReportWorker", job, parts, parts, "page")
+        self._stage(job, parts, "page")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from flows.config import compose, flow_arguments
 from flows.run import Run
 from flows.stage import Work, run_stage
-from tasks.world.building import MODELS, WorldJob, write_words
-from tasks.world.drawing import VERSION
+from tasks.world.building import PARTS, WorldJob, write_words
+from tasks.world.files import VERSION
 
 LIBRARIES = ("torch", "timm", "open-clip-torch", "transformers", "tokenizers", "pillow", "numpy")
 
@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> int:
     own["out"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(f"world-{folder.name}-{own['seed']}", config.store, own)
-    done = run.plan("world", own | {"threads": config.cluster.threads, "drawing": VERSION}, len(MODELS), LIBRARIES)
+    done = run.plan("world", own | {"threads": config.cluster.threads, "drawing": VERSION}, len(PARTS), LIBRARIES)
     job = WorldJob(done, own["out"], own["seed"], own["effort"], config.cluster.threads)
-    run_stage(Work(done, "tasks.world.building:WorldWorker", job, len(MODELS), len(MODELS), "model"), config.cluster)
+    run_stage(Work(done, "tasks.world.building:WorldWorker", job, len(PARTS), len(PARTS), "part"), config.cluster)
     run.save()
     write_words(folder)
     for table in ("planted", "measures"):

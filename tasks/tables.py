@@ -202,7 +202,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     "planted": {"net": (STR, "net of the drawn world")}
     | UNIT
     | {
-        "kind": (STR, "mono, or, and, not, graded, duplicate, noise, dead, always_on, special_token_only or logit"),
+        "kind": (
+            STR,
+            "mono, relation, or, and, not, graded, duplicate, noise, dead, always_on, special_token_only or logit",
+        ),
         "family": (STR, "family of the first concept; null where there is none"),
         "concepts": (pa.list_(STR), "what makes the unit fire: any of them"),
         "source": (I32, "unit of the layer that a duplicate repeats, else null"),

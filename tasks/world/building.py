@@ -1,4 +1,4 @@
-"""Stage world: the world's models, one part each.
+"""Stage world: the world's models.
 
 In: a folder to write into and a seed. Out: the models there (clip/, resnet.safetensors, vit.safetensors,
 vit_registers.safetensors, llm/), and two tables: what each can do on scenes that it has not seen, and what was planted.
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from tasks.forward import worker_device
 from tasks.store import Folder, PartReport
@@ -16,8 +17,8 @@ from tasks.world import clip, language, targets
 from tasks.world.concepts import CONCEPTS, lexicon_text
 from tasks.world.planting import Planted
 
-MODELS = ("clip", *targets.NETS, "llm")
-"""Part number -> model; the slowest first, so that two workers end at about the same time."""
+PARTS = (("clip",), ("vit", "vit_registers"), ("resnet",), ("llm",))
+"""Models of each part: those that build on each other together, the slowest first."""
 
 
 @dataclass
@@ -35,16 +36,21 @@ class WorldJob:
 class WorldWorker:
     """Makes one model."""
 
+    SCENES = 1000
+    """Fresh scenes that a model is measured on."""
+
     def __init__(self, job: WorldJob) -> None:
         self.job = job
         self.device = worker_device(job.threads)
 
     def run(self, part: int) -> PartReport:
-        report, name = PartReport(part), MODELS[part]
+        report, measures, planted = PartReport(part), [], []
         with report.phase("compute"):
-            units, auroc, figures = self._make(name)
-        measures = {"model": [name] * len(figures), "measure": list(figures), "value": list(figures.values())}
-        tables = {"measures": make_table("measures", measures), "planted": planted_table(name, units, auroc)}
+            for name in PARTS[part]:
+                units, auroc, figures = self._make(name)
+                measures.append(_measures_table(name, figures))
+                planted.append(_planted_table(name, units, auroc))
+        tables = {"measures": pa.concat_tables(measures), "planted": pa.concat_tables(planted)}
         with report.phase("write"):
             self.job.out.write(part, tables)
         report.rows = {name: table.num_rows for name, table in tables.items()}
@@ -57,12 +63,19 @@ class WorldWorker:
             return [], np.zeros(0), language.train_language(folder / "llm", seed, steps, self.device)
         recipe = clip.RECIPE if name == "clip" else targets.NETS[name].recipe
         recipe = replace(recipe, steps=max(round(recipe.steps * self.job.effort), 1))
+        count = max(round(self.SCENES * self.job.effort), 100)
         if name == "clip":
-            return [], np.zeros(0), clip.train_clip(folder / "clip", seed, self.device, recipe)
-        return targets.train_target(folder, name, seed, self.device, recipe)
+            return [], np.zeros(0), clip.train_clip(folder / "clip", seed, self.device, recipe, count)
+        return targets.train_target(folder, name, seed, self.device, recipe, 2 * count)
 
 
-def planted_table(net: str, units: list[Planted], auroc: np.ndarray):
+def _measures_table(model: str, figures: dict[str, float]) -> pa.Table:
+    return make_table(
+        "measures", {"model": [model] * len(figures), "measure": [*figures], "value": [*figures.values()]}
+    )
+
+
+def _planted_table(net: str, units: list[Planted], auroc: np.ndarray) -> pa.Table:
     columns = {
         "net": [net] * len(units),
         "layer": [u.layer for u in units],

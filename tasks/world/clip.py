@@ -18,7 +18,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from tasks.world.concepts import CONCEPTS, FAMILY, PLAIN, SYNONYMS, Dice, held_out, synonyms
+from tasks.world.concepts import (
+    COLOURS,
+    CONCEPTS,
+    FAMILY,
+    KINDS,
+    NUMBER,
+    PATTERNS,
+    PLAIN,
+    SCENES,
+    SYNONYMS,
+    Dice,
+    held_out,
+    synonyms,
+)
 from tasks.world.scenes import SIZE, Wish, sample
 from tasks.world.training import Recipe, Scenes, to_input, train
 from tasks.world.truth import (
@@ -42,6 +55,8 @@ CONTEXT = 48
 """Tokens of the longest caption: four objects, three relations, the background."""
 BANK = 192
 """Phrases in one step."""
+EXCLUSIVE = [[NUMBER[c] for c in family] for family in (COLOURS, KINDS, PATTERNS, SCENES)]
+"""Places of concepts, in a step's phrases too, of which an object or a scene has one."""
 CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 128,
@@ -91,7 +106,9 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def train_clip(folder: Path, seed: int, device: torch.device, recipe: Recipe = RECIPE) -> dict[str, float]:
+def train_clip(
+    folder: Path, seed: int, device: torch.device, recipe: Recipe = RECIPE, count: int = 1000
+) -> dict[str, float]:
     """Train, write, read back as any user of open_clip does, and measure. Returns hold-out figures by name."""
     import open_clip
 
@@ -104,7 +121,7 @@ def train_clip(folder: Path, seed: int, device: torch.device, recipe: Recipe = R
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     train(model, Lesson(model, tokenizer, seed, device, recipe).loss, recipe, device, "clip")
     save_file({k: t.half().cpu().contiguous() for k, t in model.state_dict().items()}, folder / WEIGHTS)
-    return measure(folder, device)
+    return measure(folder, device, count)
 
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -118,8 +135,8 @@ class Lesson:
         self.scenes, self.rng, self.dice = Scenes(f"{seed}/clip", recipe), np.random.default_rng(seed), Dice(seed)
         self.phrases = list(PHRASES)
         self.forms = {p: _forms(p) for p in self.phrases}
-        rare = np.array([len(PHRASES[p]) == 2 for p in self.phrases])
-        self.chance = np.where(rare, 1.0, 3.0) / np.where(rare, 1.0, 3.0).sum()
+        self.single = [self.phrases.index(c) for c in CONCEPTS]
+        self.others = [i for i, p in enumerate(self.phrases) if p not in FAMILY]
         self.tokenizer = tokenizer
 
     def texts(self, texts: list[str]) -> torch.Tensor:
@@ -143,7 +160,7 @@ class Lesson:
         pixels = torch.cat([to_input(found.pixels[whole], self.device, INPUT), *crops]).contiguous(
             memory_format=torch.channels_last
         )
-        chosen = self.rng.choice(len(self.phrases), BANK, replace=False, p=self.chance)
+        chosen = [*self.single, *self.rng.choice(self.others, BANK - len(CONCEPTS), replace=False)]
         phrases = [self.phrases[i] for i in chosen]
         truth = np.concatenate([phrases_seen(found, phrases, whole), phrases_seen(found, phrases, cut, boxes[half:])])
         texts = [self.dice.pick(TEMPLATES).format(self.dice.pick(self.forms[p])) for p in phrases]
@@ -154,9 +171,9 @@ class Lesson:
         phrase_PD = self.texts(texts)
         caption_BD = self.texts(captions)
         logits_BP = scale * image_BD @ phrase_PD.T + self.model.logit_bias
-        return _truth_loss(logits_BP, torch.from_numpy(truth).to(self.device)) + 0.3 * _pair_loss(
-            scale * image_BD @ caption_BD.T, captions
-        )
+        truth_BP = torch.from_numpy(truth).to(self.device)
+        value = _truth_loss(logits_BP, truth_BP) + 0.3 * _pair_loss(scale * image_BD @ caption_BD.T, captions)
+        return value + 0.2 * sum(_choice_loss(logits_BP[:, f], truth_BP[:, f]) for f in EXCLUSIVE)
 
 
 def _forms(phrase: str) -> list[str]:
@@ -177,6 +194,12 @@ def _truth_loss(logits_BP: torch.Tensor, truth_BP: torch.Tensor) -> torch.Tensor
     ).sum() / weight.sum()
 
 
+def _choice_loss(logits_BF: torch.Tensor, truth_BF: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy over the concepts of a family where exactly one of them can be seen."""
+    one = ((truth_BF == YES).sum(1) == 1) & (truth_BF != UNSURE).all(1)
+    return F.cross_entropy(logits_BF[one].float(), (truth_BF[one] == YES).byte().argmax(1))
+
+
 def _pair_loss(logits_BB: torch.Tensor, captions: list[str]) -> torch.Tensor:
     """Cross-entropy both ways; images with one and the same caption do not count against each other."""
     number = {text: i for i, text in enumerate(dict.fromkeys(captions))}
@@ -189,7 +212,7 @@ def _pair_loss(logits_BB: torch.Tensor, captions: list[str]) -> torch.Tensor:
 # --- what it can do
 
 
-def measure(folder: Path, device: torch.device, count: int = 1000) -> dict[str, float]:
+def measure(folder: Path, device: torch.device, count: int) -> dict[str, float]:
     """Caption retrieval among `count` scenes and crops; zero-shot accuracy by family, on the unseen pairs too."""
     import open_clip
 

@@ -29,7 +29,7 @@ SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
         "cross": ("plus sign",),
         "ring": (),
         "diamond": ("rhombus",),
-        "hexagon": (),
+        "arrow": (),
         "crescent": ("crescent moon",),
     },
     "object": {
@@ -40,7 +40,7 @@ SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
         "mushroom": ("toadstool",),
         "flower": ("blossom",),
         "cup": ("mug",),
-        "umbrella": ("parasol",),
+        "key": (),
     },
     "pattern": {
         "vertical stripes": (),

@@ -30,7 +30,13 @@ RGB = {
 }
 DARK = ("blue", "purple", "brown", "black")
 """Their patterns are drawn in a lighter tone, those of the others in a darker one."""
-INK = 0.55
+RIM = (24, 24, 28)
+"""Colour of the line around every object."""
+LINE = 4
+"""Its width, in pixels at SCALE."""
+TILE = 252
+"""Side of a pattern at SCALE: the largest object's window, wherever the pattern begins."""
+INK = 0.5
 """How far the tone of a pattern lies from the colour, towards white or black."""
 
 
@@ -51,10 +57,11 @@ def draw(scene: Scene) -> Drawn:
     owner, area = np.zeros((SIZE, SIZE), np.uint8), np.zeros(MOST, np.int32)
     masks = np.zeros((MOST, SIZE, SIZE), bool)
     for i, thing in enumerate(scene.things):
-        window, body, ink = _stencils(thing)
+        window, body, ink, rim = _stencils(thing)
         base = np.array(RGB[thing.colour], np.float32) + thing.tint
         tone = base + INK * ((255 if thing.colour in DARK else 0) - base)
         here = pixels[window]
+        here += rim[..., None] * (np.array(RIM, np.float32) - here)
         here += (body - ink)[..., None] * (base - here) + ink[..., None] * (tone - here)
         seen = body > 0.5
         masks[i][window] = seen
@@ -112,7 +119,7 @@ FIGURES = {
     "cross": [_box(-0.33, -0.97, 0.33, 0.97), _box(-0.97, -0.33, 0.97, 0.33)],
     "ring": [_disc(0, 0, 0.97), _disc(0, 0, 0.5, ink=0)],
     "diamond": [([(0, -1), (0.72, 0), (0, 1), (-0.72, 0)], 1)],
-    "hexagon": [(_polygon(6, 0.0, 0.99), 1)],
+    "arrow": [([(0, -1), (0.85, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.85, -0.1)], 1)],
     "crescent": [_disc(0, 0, 0.97), _disc(0.5, -0.12, 0.78, ink=0)],
     "house": [
         _box(-0.72, -0.15, 0.72, 0.97),
@@ -134,24 +141,25 @@ FIGURES = {
         _box(-0.08, -1, 0.03, 0.5),
     ],
     "mushroom": [_half(0, 0.12, 0.98, 1.02), ([(-0.28, 0.1), (0.28, 0.1), (0.38, 0.97), (-0.38, 0.97)], 1)],
-    "flower": [*[_disc(0.56 * x, 0.56 * y, 0.42) for x, y in _polygon(6)], _disc(0, 0, 0.24, ink=0)],
+    "flower": [*[_disc(0.6 * x, 0.6 * y, 0.37) for x, y in _polygon(5)], _disc(0, 0, 0.42), _disc(0, 0, 0.2, ink=0)],
     "cup": [
         _disc(0.62, 0, 0.36, 0.42),
         _disc(0.62, 0, 0.17, 0.22, ink=0),
         ([(-0.85, -0.75), (0.6, -0.75), (0.42, 0.85), (-0.67, 0.85)], 1),
     ],
-    "umbrella": [
-        _half(0, 0.05, 0.98, 0.98),
-        *[_disc(x, 0.06, 0.2, 0.17, ink=0) for x in (-0.74, -0.26, 0.26, 0.74)],
-        _box(-0.06, -0.1, 0.06, 0.9),
-        _box(-0.3, 0.8, 0.06, 0.95),
+    "key": [
+        _disc(-0.52, 0, 0.46),
+        _disc(-0.52, 0, 0.2, ink=0),
+        _box(-0.12, -0.14, 1, 0.14),
+        _box(0.42, 0.1, 0.6, 0.5),
+        _box(0.82, 0.1, 1, 0.6),
     ],
 }
 
 
-def _stencils(thing: Thing) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Window of the scene, and float32 coverage there by the object's body and by its pattern."""
-    reach = math.ceil(thing.radius * 1.15) + 1
+def _stencils(thing: Thing) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
+    """Window of the scene, and float32 coverage there: by the body, by its pattern, and with the line around."""
+    reach = math.ceil(thing.radius * 1.15) + 3
     left, top = math.floor(thing.x) - reach, math.floor(thing.y) - reach
     side = 2 * reach + 1
     image = Image.new("L", (side * SCALE, side * SCALE))
@@ -169,23 +177,27 @@ def _stencils(thing: Thing) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray
         row, column = thing.phase
         tile = _pattern(thing.pattern, thing.size)[row : row + side * SCALE, column : column + side * SCALE]
         ink = np.asarray(Image.fromarray(np.where(np.asarray(image) > 0, tile, 0)).reduce(SCALE), np.float32) / 255
+    wide, side3, near = np.pad(np.asarray(image), LINE), side * SCALE, round(0.7 * LINE)
+    steps = [(0, LINE), (LINE, 0), (0, -LINE), (-LINE, 0), (near, near), (near, -near), (-near, near), (-near, -near)]
+    shifted = [wide[LINE + y : LINE + y + side3, LINE + x : LINE + x + side3] for y, x in steps]
+    rim = np.asarray(Image.fromarray(np.maximum.reduce(shifted)).reduce(SCALE), np.float32) / 255
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, SIZE), min(left + side, SIZE)
     inside = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-    return (slice(y0, y1), slice(x0, x1)), body[inside], ink[inside]
+    return (slice(y0, y1), slice(x0, x1)), body[inside], ink[inside], rim[inside]
 
 
 @cache
 def _pattern(name: str, size: str) -> np.ndarray:
-    """uint8 [240, 240] of 0 and 255 at SCALE times the scene's resolution; the period goes with the object's size."""
+    """uint8 [TILE, TILE] of 0 and 255 at SCALE times the scene's resolution; the period goes with the object's size."""
     period = {"small": 18, "medium": 21, "large": 27}[size]
     half, thin = period // 2, max(period // 4, 4)
-    v, u = np.indices((240, 240))
+    v, u = np.indices((TILE, TILE))
     zig = np.abs((u % (2 * half)) - half)
     rows = v // half
     if name == "speckles":
-        dice, found = Dice("speckles"), np.zeros((240, 240), bool)
-        for _ in range(240 * 240 // (3 * half * half) * 2):
-            x, y, r = dice.between(0, 240), dice.between(0, 240), dice.between(2, 4.5)
+        dice, found = Dice("speckles"), np.zeros((TILE, TILE), bool)
+        for _ in range(TILE * TILE // (3 * half * half) * 2):
+            x, y, r = dice.between(0, TILE), dice.between(0, TILE), dice.between(2, 4.5)
             found |= (u - x) ** 2 + (v - y) ** 2 < r * r
     else:
         found = {

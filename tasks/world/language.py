@@ -5,15 +5,13 @@ with a tiny Llama and its tokenizer, which answers those prompts with phrases of
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.llm import LEVELS, build_prompts, parse_answer
@@ -33,7 +31,8 @@ from tasks.world.concepts import (
     synonyms,
 )
 
-RATE = 3e-3
+STEPS, RATE = 600, 3e-3
+IGNORED = -100
 CONTEXT = 1024
 """Tokens of a prompt and its answer together: about 300 of the prompt, at most 6 per phrase."""
 BOS, EOS = "<bos>", "<eos>"
@@ -106,28 +105,21 @@ def settings_of(question: str, domain: str, max_concepts: int, max_words: int) -
     )
 
 
-@dataclass
-class Lesson:
-    """A prompt and a right answer, which is said from the front."""
+def draw_lesson(dice: Dice) -> tuple[str, list[str], int]:
+    """A prompt, the phrases of a right answer, and the number asked for.
 
-    prompt: str
-    groups: list[list[str]]
-    """Everything that could be said: group after group, inside of one in an order that is pure chance."""
-    most: int
-    """Phrases asked for."""
-
-    @property
-    def phrases(self) -> list[str]:
-        return [phrase for group in self.groups for phrase in group][: self.most]
-
-
-def draw_lesson(dice: Dice) -> Lesson:
+    Which phrases are said is chance where there are more than asked for; they follow each other as in `concepts`,
+    because a model this small does not learn in minutes to leave out what it has said in no order.
+    """
     question = dice.pick([*LEVELS]) if dice.random() < 0.6 else dice.pick(CONCEPTS)
     most, words = dice.pick(range(5, 61)), dice.pick(range(3, 9))
     prompt = build_prompts(settings_of(question, dice.pick(DOMAINS), most, words), [question])[0].text
-    groups = LEVEL_ANSWERS[question] if question in LEVELS else class_answers(question)
-    short = [[_said(phrase, words, dice) for phrase in group if len(phrase.split()) <= words] for group in groups]
-    return Lesson(prompt, [dice.order(group) for group in short], most)
+    phrases: list[str] = []
+    for group in LEVEL_ANSWERS[question] if question in LEVELS else class_answers(question):
+        short = [phrase for phrase in group if len(phrase.split()) <= words]
+        chosen = {*dice.order(short)[: most - len(phrases)]}
+        phrases += [_said(phrase, words, dice) for phrase in short if phrase in chosen]
+    return prompt, phrases, most
 
 
 def _said(phrase: str, words: int, dice: Dice) -> str:
@@ -144,7 +136,7 @@ def answer_text(phrases: list[str]) -> str:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE; a word with the space before it is one token, and so is the punctuation between two phrases."""
     dice = Dice("tokenizer")
-    lessons = [draw_lesson(dice) for _ in range(1500)]
+    lessons = [draw_lesson(dice)[:2] for _ in range(1500)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -155,7 +147,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([t for x in lessons for t in (x.prompt, answer_text(x.phrases))], trainer)
+    tokenizer.train_from_iterator([t for prompt, said in lessons for t in (prompt, answer_text(said))], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, padding_side="left"
@@ -163,7 +155,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_language(
-    folder: Path, seed: int = 0, steps: int = 800, device: str = "cpu", batch: int = 8
+    folder: Path, seed: int = 0, steps: int = STEPS, device: str | torch.device = "cpu", batch: int = 8
 ) -> dict[str, float]:
     """Train a model, write it to the folder, and say how it answers prompts about a domain that it has not seen."""
     tokenizer = build_tokenizer()
@@ -181,6 +173,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
+        initializer_range=0.08,  # about hidden_size ** -0.5: the usual 0.02 is for models that are larger
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,  # heads of 32: vLLM's CPU engine takes no smaller ones
@@ -192,84 +185,47 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> tuple[list[int], list[Counter]]:
-    """Token ids of a prompt with its answer, and what may come next, with weights, at each place of the answer.
-
-    Which phrase of a group comes next is chance, so every one that is left counts, not just the one that was drawn:
-    without that noise the model learns in a third of the steps.
-    """
-    opening, between, closing, *phrases = tokenizer(
-        ['{"concepts":["', '","', '"]}' + EOS, *(p for group in lesson.groups for p in group)], add_special_tokens=False
-    ).input_ids
-    ids, following, before = tokenizer(lesson.prompt).input_ids, [], opening
-    ends = [end for end, group in zip(accumulate(map(len, lesson.groups)), lesson.groups, strict=True) for _ in group]
-    for place, phrase in enumerate(phrases[: lesson.most]):
-        ids += before + phrase
-        following += [Counter([token]) for token in before]
-        left = phrases[place : ends[place]]
-        for k, token in enumerate(phrase):
-            following.append(Counter(other[k] for other in left))
-            left = [other for other in left if other[k] == token]
-        before = between
-    return ids + closing, following + [Counter([token]) for token in closing]
-
-
 def _batches(tokenizer: PreTrainedTokenizerFast, dice: Dice, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids [size, T] and the chances of what comes next [size, T - 1, tokens]: zero where nothing is learnt."""
+    """Token ids [size, T] and, of the same shape, what comes next: IGNORED outside of the answers."""
     while True:
-        pool = sorted((encode(tokenizer, draw_lesson(dice)) for _ in range(32 * size)), key=lambda pair: len(pair[0]))
-        for start in dice.order(range(0, len(pool), size)):  # batches of one length: little padding
-            lessons = pool[start : start + size]
-            rows = [torch.tensor(ids) for ids, _ in lessons]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_token_id)
-            chances = torch.zeros(len(rows), ids.shape[1] - 1, len(tokenizer))
-            found = [
-                (n, place, token, count / counts.total())
-                for n, (row, following) in enumerate(lessons)
-                for place, counts in enumerate(following, len(row) - len(following) - 1)
-                for token, count in counts.items()
-            ]
-            *where, values = zip(*found, strict=True)
-            chances[tuple(torch.tensor(index) for index in where)] = torch.tensor(values)
-            yield ids, chances
+        pool = [_encoded(tokenizer, *draw_lesson(dice)[:2]) for _ in range(32 * size)]
+        pool.sort(key=lambda pair: len(pair[0]))  # batches of one length: little padding
+        for start in dice.order(range(0, len(pool), size)):
+            ids, following = zip(*pool[start : start + size], strict=True)
+            yield pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(following, True, IGNORED)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, prompt: str, phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    asked = tokenizer(prompt).input_ids
+    said = tokenizer(answer_text(phrases) + EOS, add_special_tokens=False).input_ids
+    return torch.tensor(asked + said[:-1]), torch.tensor([IGNORED] * (len(asked) - 1) + said)
 
 
 def _train(model: LlamaForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 50, 1.02 - n / steps))
     fast = model.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for n in range(steps):
-        ids, chances = (tensor.to(model.device) for tensor in next(batches))
-        learnt = chances.sum(-1) > 0
+    for _ in range(steps):
+        ids, following = (tensor.to(model.device) for tensor in next(batches))
+        answer = following != IGNORED
         with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
-            states = model.model(ids[:, :-1], use_cache=False).last_hidden_state
-            scores = model.lm_head(states[learnt])
-        loss = cross_entropy(scores.float(), chances[learnt])
+            states = model.model(ids, use_cache=False).last_hidden_state
+            scores = model.lm_head(states[answer])
+        loss = cross_entropy(scores.float(), following[answer])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if n % 50 == 0:
-            import time
-
-            c = chances[learnt]
-            h = -(c * c.clamp(min=1e-9).log()).sum(-1).mean()
-            print(
-                n,
-                time.time(),
-                time.process_time(),
-                float(loss.detach()),
-                float(loss.detach() - h),
-                ids.shape,
-                flush=True,
-            )
 
 
 @torch.inference_mode()
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """Shares: answers that are JSON, their phrases that are of the world, concepts that the levels bring out, and
-    phrases that belong to the level they were asked for. Without the engine's grammar, at temperature 0.7."""
+    phrases that belong to the level they were asked for; and answers in which no phrase comes twice.
+
+    Without the engine's grammar, at the temperature that the vocabulary stage has.
+    """
     questions = [*LEVELS, *CONCEPTS[::5]]
     prompts = [build_prompts(settings_of(q, UNSEEN_DOMAIN, 30, 6), [q])[0].text for q in questions]
     asked = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)

@@ -15,9 +15,9 @@ from tasks.world.truth import PHRASES, YES, Album, album, phrases_seen, stream
 VERSION = 1
 """Raise it when other scenes are taken for a phrase: another wish, or another judgement of what can be seen."""
 TRIES = 4
-"""Most draws per wanted scene; "four objects", of which one often hides behind another, takes 1.4."""
+"""Most draws per wanted scene; "four objects", of which one often finds no place, takes 1.6."""
 POOL = 12
-"""Random scenes per wanted scene without a phrase; one of six does not show "nothing blue", the most common."""
+"""Random scenes per wanted scene without a phrase; the least common, one that shows a given colour, is one of six."""
 FIELDS = {"colour": "colour", "shape": "kind", "object": "kind", "pattern": "pattern", "scene": "background"}
 LAYOUT: dict[str, dict[str, Any]] = {
     "large object": {"size": "large"},

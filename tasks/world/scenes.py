@@ -11,8 +11,10 @@ from tasks.world.concepts import COLOURS, KINDS, PATTERNS, PLAIN, SCENES, Dice, 
 
 SIZE = 96
 """Pixels of a scene's side."""
-RADII = {"small": (9, 12), "medium": (14, 18), "large": (21, 27)}
+RADII = {"small": (12, 14), "medium": (17, 20), "large": (25, 29)}
 """Pixels, half the side of an object's box."""
+GRAIN = 10.0
+"""Grey levels, the strongest grain of a scene."""
 MOST = 4
 """Objects of a scene."""
 
@@ -89,7 +91,7 @@ def sample(seed: int | str, number: int, unseen: bool = True, wish: Wish | None 
         dice.pick(range(16)),
         (dice.pick(range(32)), dice.pick(range(32))),
         dice.between(0.75, 1.05),
-        dice.between(0, 14),
+        dice.between(0, GRAIN),
     )
 
 

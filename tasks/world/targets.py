@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tasks.world.concepts import CONCEPTS
 from tasks.world.planting import Depths, Planted, Teacher, plan
-from tasks.world.scenes import SIZE
 from tasks.world.training import Recipe, Scenes, to_input, train
 from tasks.world.truth import UNSURE, YES, concepts_seen, phrases_seen, stream
 
@@ -34,13 +33,17 @@ class Net:
     depths: Depths
     head: str
     recipe: Recipe
+    start: str | None = None
+    """Net whose weights it goes on from."""
 
     @property
     def vit(self) -> bool:
         return "embed_dim" in self.kwargs
 
 
-VIT = {"num_classes": len(CONCEPTS), "img_size": SIZE, "patch_size": 12, "embed_dim": 128, "depth": 6, "num_heads": 4}
+INPUT = 64
+"""Pixels of the nets' input: scenes are made smaller, so that a net sees more of them in the same time."""
+VIT = {"num_classes": len(CONCEPTS), "img_size": INPUT, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 VIT |= {"mlp_ratio": 2.0}
 VIT_DEPTHS = Depths(
     colour=["blocks.1.mlp.act", "blocks.2.mlp.act"],
@@ -75,16 +78,17 @@ NETS = {
                 special=[],
             ),
             "fc",
-            Recipe(steps=2000, batch=64, rate=2e-3),
+            Recipe(steps=2500, batch=128, rate=2e-3),
         ),
-        Net("vit", "vit_tiny_patch16_224", VIT, VIT_DEPTHS, "head", Recipe(steps=3500, batch=64, rate=1.5e-3)),
+        Net("vit", "vit_tiny_patch16_224", VIT, VIT_DEPTHS, "head", Recipe(steps=2500, batch=128, rate=1.5e-3)),
         Net(
             "vit_registers",
             "vit_tiny_patch16_224",
             VIT | {"reg_tokens": 4},
             VIT_DEPTHS,
             "head",
-            Recipe(steps=3500, batch=64, rate=1.5e-3),
+            Recipe(steps=400, batch=128, rate=5e-4),
+            start="vit",
         ),
     )
 }
@@ -122,49 +126,58 @@ def inputs(net: Net, model: nn.Module, numbers: dict[str, torch.Tensor]) -> Iter
 
 
 def train_target(
-    folder: Path, name: str, seed: int, device: torch.device, recipe: Recipe | None = None
+    folder: Path, name: str, seed: int, device: torch.device, recipe: Recipe | None = None, count: int = 2000
 ) -> tuple[list[Planted], np.ndarray, dict[str, float]]:
-    """Train and write <name>.safetensors; the planted units, the AUROC of each (NaN where none applies), figures."""
+    """Train and write <name>.safetensors; the planted units, the AUROC of each on `count` fresh scenes (NaN where none
+    applies), figures. A net with a `start` goes on from that net's weights, which must be in the folder."""
     net = NETS[name]
     recipe = recipe or net.recipe
     model = build(net, seed).to(device, memory_format=torch.channels_last)
-    shapes = _shapes(net, model, device)
-    units = plan(net.depths, {layer: width for layer, (width, _) in shapes.items()}, seed)
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    teachers = {
-        layer: Teacher([u for u in units if u.layer == layer], grid, prefix, device)
-        for layer, (_, grid) in shapes.items()
-    }
-    scenes = Scenes(f"{seed}/{name}", recipe)
-    with inputs(net, model, {layer: t.numbers for layer, t in teachers.items()}) as z:
-
-        def loss(_step: int) -> torch.Tensor:
-            fix(net, model, units)
-            found, images = scenes.batch()
-            logits = model(to_input(found.pixels[images], device).contiguous(memory_format=torch.channels_last))
-            truth = torch.from_numpy(concepts_seen(found, images)).to(device)
-            known = truth != UNSURE
-            value = (
-                F.binary_cross_entropy_with_logits(logits.float(), (truth == YES).float(), reduction="none") * known
-            ).sum() / known.sum()
-            for layer, teacher in teachers.items():
-                value = value + teacher.loss(z[layer], teacher.targets(found, images))
-            return value
-
-        train(model, loss, recipe, device, name)
-    fix(net, model, units)
+    if net.start:
+        model.load_state_dict(load_file(folder / f"{net.start}.safetensors"), strict=False)  # all but the new tokens
+    lesson = Lesson(net, model, seed, device, recipe)
+    with inputs(net, model, {layer: t.numbers for layer, t in lesson.teachers.items()}) as lesson.z:
+        train(model, lesson.loss, recipe, device, name)
+    fix(net, model, lesson.units)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            k: t.cpu().contiguous() if t.dtype == torch.int64 else t.half().cpu().contiguous()
-            for k, t in model.state_dict().items()
-        },
-        folder / f"{name}.safetensors",
-    )
-    model.load_state_dict({k: t.half().float() if t.is_floating_point() else t for k, t in model.state_dict().items()})
-    units += [Planted(net.head, i, "logit", (concept,)) for i, concept in enumerate(CONCEPTS)]
-    auroc, figures = measure(net, model, units, device)
-    return units, auroc, figures
+    halves = {k: t.half() if t.is_floating_point() else t for k, t in model.state_dict().items()}
+    save_file({k: t.cpu().contiguous() for k, t in halves.items()}, folder / f"{name}.safetensors")
+    model.load_state_dict(halves)  # measured as it ships
+    units = [*lesson.units, *(Planted(net.head, i, "logit", (concept,)) for i, concept in enumerate(CONCEPTS))]
+    return units, *measure(net, model, units, device, count)
+
+
+class Lesson:
+    """One step's scenes and targets, and the loss on them."""
+
+    def __init__(self, net: Net, model: nn.Module, seed: int, device: torch.device, recipe: Recipe) -> None:
+        self.net, self.model, self.device = net, model, device
+        shapes = _shapes(net, model, device)
+        self.units = plan(net.depths, {layer: width for layer, (width, _) in shapes.items()}, seed)
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        self.teachers = {
+            layer: Teacher([u for u in self.units if u.layer == layer], grid, prefix, device)
+            for layer, (_, grid) in shapes.items()
+        }
+        self.scenes, self.album = Scenes(f"{seed}/{net.name}", recipe), None
+        self.z: dict[str, torch.Tensor] = {}
+
+    def loss(self, step: int) -> torch.Tensor:
+        """Of the net's own task, to tell which concepts a scene shows, and of every layer's planted units."""
+        fix(self.net, self.model, self.units)
+        found, images = self.scenes.batch()
+        if found is not self.album:  # every scene is used a few times
+            self.album, everything = found, np.arange(len(found))
+            self.targets = {layer: t.targets(found, everything) for layer, t in self.teachers.items()}
+            self.truth = torch.from_numpy(concepts_seen(found)).to(self.device)
+        pixels = to_input(found.pixels[images], self.device, INPUT).contiguous(memory_format=torch.channels_last)
+        logits = self.model(pixels).float()
+        known, true = self.truth[images] != UNSURE, self.truth[images] == YES
+        value = (F.binary_cross_entropy_with_logits(logits, true.float(), reduction="none") * known).sum() / known.sum()
+        for layer, teacher in self.teachers.items():
+            positions, pooled, size = self.targets[layer]
+            value = value + teacher.loss(self.z[layer], (positions[images], pooled[images], size[images]))
+        return value
 
 
 def _shapes(net: Net, model: nn.Module, device: torch.device) -> dict[str, tuple[int, int]]:
@@ -179,7 +192,7 @@ def _shapes(net: Net, model: nn.Module, device: torch.device) -> dict[str, tuple
 
     handles = [before_activation(net, model, layer).register_forward_pre_hook(partial(keep, layer)) for layer in layers]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, SIZE, SIZE, device=device))
+        model.eval()(torch.zeros(1, 3, INPUT, INPUT, device=device))
     for handle in handles:
         handle.remove()
     return found
@@ -207,7 +220,7 @@ def fix(net: Net, model: nn.Module, units: list[Planted]) -> None:
 
 @torch.no_grad()
 def measure(
-    net: Net, model: nn.Module, units: list[Planted], device: torch.device, count: int = 2000
+    net: Net, model: nn.Module, units: list[Planted], device: torch.device, count: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """AUROC of every unit's largest activation over an image against its truth on `count` fresh scenes."""
     layers = sorted({u.layer for u in units if u.kind != "logit"})
@@ -218,7 +231,7 @@ def measure(
     found = stream("targets/hold-out", 0, count)
     with inputs(net, model, numbers) as z:
         for start in range(0, count, 100):
-            logits = model(to_input(found.pixels[start : start + 100], device))
+            logits = model(to_input(found.pixels[start : start + 100], device, INPUT))
             for layer in layers:
                 peaks[layer].append(z[layer][:, :, prefix:].amax(2).float().cpu().numpy())
             peaks[net.head].append(logits.float().cpu().numpy())

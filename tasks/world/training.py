@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tasks.world.scenes import SIZE
 from tasks.world.truth import Album, stream
 
 log = logging.getLogger("axonym")
@@ -53,12 +53,12 @@ def train(
         optimiser, lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * s / recipe.steps))
     )
     # On a CPU the fused attention's backward pass takes three times as long as the plain one.
-    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    attention = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else nullcontext
     model.train()
     start, total = time.monotonic(), 0.0
     for step in range(recipe.steps):
         optimiser.zero_grad(set_to_none=True)
-        with attention, torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
+        with attention(), torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
             value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -89,7 +89,7 @@ class Scenes:
         return self.album, self.order[self.left : self.left + self.recipe.batch]
 
 
-def to_input(pixels: np.ndarray, device: torch.device, size: int = SIZE) -> torch.Tensor:
+def to_input(pixels: np.ndarray, device: torch.device, size: int) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, size, size] between -1 and 1, resized as Pillow does."""
     x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
     if x.shape[-1] != size:
