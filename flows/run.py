@@ -26,7 +26,7 @@ TABLES = {
     "embeddings": ("embeddings",),
     "scores": ("scores",),
     "explanations": ("explanations",),
-    "validation": ("validation",),
+    "validation": ("validation", "chance"),
     "neurons": ("neurons",),
     "drawn": ("drawn",),
     "report": ("pages",),

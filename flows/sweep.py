@@ -78,8 +78,7 @@ class Sweep:
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
-        self.twin: Sweep | None = None  # which the twin's own stays
-        self.twin = self._twin() if config.neurons.twin else None
+        self.twin: Sweep | None = self._twin() if config.neurons.twin else None
 
     def _twin(self) -> "Sweep":
         """This sweep with random weights, all else the same. Raises ValueError where the target has none."""
@@ -91,6 +90,7 @@ class Sweep:
         if twin.target.digest == self.target.digest or twin.target.layers != self.target.layers:
             instead = "its weights or layers are fixed; make them random and give the trained ones as target.checkpoint"
             raise ValueError(f"neurons.twin=true: target.name={target.name}: {instead}")
+        twin.twin = twin  # its own bar: what of it is called explained is chance
         return twin
 
     def run(self) -> None:
@@ -268,10 +268,14 @@ class Sweep:
     def validation(self) -> None:
         parts = len(self.blocks)
         read = ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations")
-        payload = {stage: self.manifest.stages[stage] for stage in read}
+        payload: dict[str, Any] = {stage: self.manifest.stages[stage] for stage in read}
+        chance = self.config.neurons.twin_quantile if self.twin is self else None
+        if chance is not None:
+            payload["chance"] = chance
         folder = self.manifest.plan("validation", payload, parts, ("numpy", "scipy"))
         folders = {stage: self.folder(stage) for stage in read}
-        job = ValidationJob(folder, self.images, **folders, blocks=self.blocks, threads=self.config.cluster.threads)
+        threads = self.config.cluster.threads
+        job = ValidationJob(folder, self.images, **folders, blocks=self.blocks, threads=threads, chance=chance)
         self._stage(job, self.num_units, "unit")
 
     def neurons(self) -> None:
@@ -283,8 +287,9 @@ class Sweep:
             del payload["twin"], payload["twin_quantile"]
         folder = self.manifest.plan("neurons", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
-        twin = self.twin and self.twin.folder("validation")
-        job = NeuronsJob(folder, **folders, twin=twin, blocks=self.blocks, settings=self.config.neurons)
+        twin = {"twin": "validation", "twin_names": "explanations"}
+        folders |= {field: self.twin.folder(stage) if self.twin else None for field, stage in twin.items()}
+        job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
         self._stage(job, self.num_units, "unit")
 
     def drawn(self) -> None:

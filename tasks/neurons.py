@@ -1,10 +1,10 @@
 """Stage neurons: exactly one row for every unit of every chosen layer; what people read.
 
-In: explanations, validation, unit_stats, the validation of the randomly initialised twin where there is one. Out: the
+In: explanations, validation, unit_stats; of the randomly initialised twin, where there is one, the first two. Out: the
 neurons table with phrase, confidence, bar, q value and status.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -33,7 +33,7 @@ class NeuronsSettings:
     """Measure the bar on the same architecture with random weights, which costs as much again; else min_correlation is
     the bar."""
     twin_quantile: float = 0.98
-    """The bar of a layer is this quantile of the twin's confidence there, or min_correlation if that is more."""
+    """The bar of a name is what this share of the twin's units of the layer stays below."""
     rival_gain: float = 2.0
     """A rival concept that does better on select by more standard errors than this makes the name ambiguous."""
 
@@ -52,6 +52,8 @@ class NeuronsJob:
     validation: Folder
     twin: Folder | None
     """Validation of the randomly initialised twin."""
+    twin_names: Folder | None
+    """Its explanations."""
     blocks: list[Block]
     settings: NeuronsSettings
 
@@ -75,12 +77,34 @@ class NeuronsWorker:
         return dict(zip(found["layer"].to_pylist(), found["low_min"].to_pylist(), strict=True))
 
     @cached_property
-    def bars(self) -> dict[str, float]:
-        """What a name's interval must exceed, by layer."""
+    def chance(self) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
+        """By layer and concept, what chance reaches; by layer, how many times that a name must reach. Empty without a
+        twin."""
         job, least = self.job, self.job.settings.min_correlation
-        twin = job.twin and job.twin.read_all("validation", columns=["layer", "correlation"])
-        chance = by_chance(twin, job.settings.twin_quantile) if twin else {}
-        return {block.layer: max(least, chance.get(block.layer, least)) for block in job.blocks}
+        if job.twin is None or job.twin_names is None:
+            return {}, {}
+        reached = {
+            (row["layer"], row["concept"]): max(row["correlation"], least)
+            for row in job.twin.read_all("chance").to_pylist()
+        }
+        found = job.twin.read_all("validation", columns=["layer", "correlation"]).to_pylist()
+        names = job.twin_names.read_all("explanations", columns=["phrase"])["phrase"].to_pylist()
+        ratios: dict[str, list[float]] = {}
+        for row, name in zip(found, names, strict=True):
+            if row["correlation"] is not None:
+                ratios.setdefault(row["layer"], []).append(row["correlation"] / reached[row["layer"], name])
+        times = {layer: float(np.quantile(r, job.settings.twin_quantile)) for layer, r in ratios.items()}
+        return reached, times
+
+    def bars(self, layer: str, names: list[str | None]) -> np.ndarray:
+        """What the interval of each name must exceed: min_correlation, or where the twin knows better, more.
+
+        A concept has its own: random units follow a snowy ground closely and a star hardly at all. The best of many
+        concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names do.
+        """
+        (reached, times), least = self.chance, self.job.settings.min_correlation
+        bars = [reached.get((layer, str(name)), least) * times.get(layer, 1.0) for name in names]
+        return np.maximum(np.array(bars, np.float32), least)
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
@@ -92,8 +116,8 @@ class NeuronsWorker:
             q = self.q_values[start : start + len(block)]
         with report.phase("compute"):
             off = unit_state(stats, rectified=self.lows[block.layer] >= RECTIFIED)
-            bar = self.bars[block.layer]
-            status = decide(off, validation, q, replace(job.settings, min_correlation=bar))
+            bar = self.bars(block.layer, explanations["phrase"].to_pylist())
+            status = decide(off, validation, q, bar, job.settings)
             table = _neurons(explanations, validation, q, bar, status)
         with report.phase("write"):
             job.out.write(part, {"neurons": table})
@@ -129,30 +153,24 @@ def unit_state(stats: pa.Table, rectified: bool) -> np.ndarray:
     return np.select([special & ~(dead & (prefix <= 0)), dead, always], ["special_token_only", "dead", "always_on"], "")
 
 
-def by_chance(twin: pa.Table, quantile: float) -> dict[str, float]:
-    """That quantile of the twin's known correlations in each layer; no entry for a layer that has none."""
-    known: dict[str, list[float]] = {}
-    for layer, correlation in zip(twin["layer"].to_pylist(), twin["correlation"].to_pylist(), strict=True):
-        if correlation is not None:
-            known.setdefault(layer, []).append(correlation)
-    return {layer: float(np.quantile(values, quantile)) for layer, values in known.items()}
-
-
-def decide(off: np.ndarray, validation: pa.Table, q: np.ndarray, settings: NeuronsSettings) -> np.ndarray:
+def decide(
+    off: np.ndarray, validation: pa.Table, q: np.ndarray, bar: np.ndarray, settings: NeuronsSettings
+) -> np.ndarray:
     """Status of each unit: held-out evidence decides between explained, ambiguous and unexplained."""
     lower, gain = (validation[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in ("lower", "rival_gain"))
-    supported = (np.nan_to_num(q, nan=1) < settings.q) & (np.nan_to_num(lower, nan=-1) > settings.min_correlation)
+    supported = (np.nan_to_num(q, nan=1) < settings.q) & (np.nan_to_num(lower, nan=-1) > bar)
     rivalled = np.nan_to_num(gain, nan=-np.inf) > settings.rival_gain
     return np.select([off != "", supported & rivalled, supported], [off, "ambiguous", "explained"], "unexplained")
 
 
-def _neurons(explanations: pa.Table, validation: pa.Table, q: np.ndarray, bar: float, status: np.ndarray) -> pa.Table:
+def _neurons(
+    explanations: pa.Table, validation: pa.Table, q: np.ndarray, bar: np.ndarray, status: np.ndarray
+) -> pa.Table:
     named = ~np.isin(status, ("dead",))
     phrases = [p if keep else None for p, keep in zip(explanations["phrase"].to_pylist(), named, strict=True)]
     columns = {
         c: explanations[c].combine_chunks() for c in ("layer", "unit", "concepts", "weights", "margin", "exemplars")
     }
-    columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True)}
-    columns |= {"bar": [bar] * len(status)}
+    columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True), "bar": bar}
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}
     return make_table("neurons", columns | {"confidence": validation["correlation"].combine_chunks()})

@@ -161,6 +161,11 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "rival": (STR, "best other concept on the select split"),
         "rival_gain": (F32, "how much better the rival correlates there, in standard errors"),
     },
+    "chance": {
+        "layer": (STR, "module path in the target model"),
+        "concept": (STR, "short phrase"),
+        "correlation": (F32, "what the best few of the layer's units, by chance, reach with it on the validate split"),
+    },
     "neurons": UNIT
     | {
         "status": (STR, "explained, ambiguous, unexplained, dead, always_on or special_token_only"),
@@ -173,8 +178,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "upper": (F32, "95 % interval"),
         "bar": (
             F32,
-            "correlation that a name must exceed with its whole interval: from the randomly initialised twin of the "
-            "layer, or neurons.min_correlation",
+            "correlation that a name must exceed with its whole interval: from what the layer's randomly initialised "
+            "twin reaches with the same name, or neurons.min_correlation",
         ),
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),

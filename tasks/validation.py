@@ -1,7 +1,8 @@
 """Stage validation: does the name predict the unit on images that did not make it?
 
 In: explanations, pooled activations and image embeddings of the held-out splits. Out: one row a unit: the correlation
-on validate with its interval and p value, and the best rival concept on select.
+on validate with its interval and p value, and the best rival concept on select. For a randomly initialised twin also
+one row a concept: what the twin's units reach with it.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from tasks.layers import Block
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
+CHANCE_UNITS = 512
+"""Units of a layer that tell what chance reaches: those of a random layer are all alike."""
 SYNONYM = 0.9
 """Text cosine from which two concepts count as one meaning, so that neither is the other's rival."""
 
@@ -33,6 +36,8 @@ class ValidationJob:
     explanations: Folder
     blocks: list[Block]
     threads: int
+    chance: float | None
+    """Quantile over units of their correlation with each concept that is stored; None for none."""
 
 
 class ValidationWorker:
@@ -61,8 +66,9 @@ class ValidationWorker:
             pooled_US = np.concatenate([read_pooled(job.activations, s, part) for s in shards], 1)
         with report.phase("compute"):
             table = self._validate(block, explanations, pooled_US)
+            chance = self._chance(block, pooled_US[:CHANCE_UNITS])
         with report.phase("write"):
-            job.out.write(part, {"validation": table})
+            job.out.write(part, {"validation": table, "chance": chance})
         report.rows = {"validation": table.num_rows}
         return report
 
@@ -94,6 +100,21 @@ class ValidationWorker:
             "rival_gain": _nullable(gain, pa.float32()),
         }
         return make_table("validation", columns)
+
+    def _chance(self, block: Block, pooled_US: np.ndarray) -> pa.Table:
+        """Of every concept, from the first block of a layer; empty for the others, and where it is not asked for."""
+        vectors_CD, row_of = self.vectors
+        reached = np.zeros(0)
+        if self.job.chance is not None and block.start == 0:
+            stored = np.flatnonzero(self.job.images.stored)
+            chosen = self.job.images.split[stored] == "validate"
+            similarity = product(self.images_ND[stored[chosen]], vectors_CD.T)
+            r_UC = correlations(pooled_US[:, chosen], similarity)
+            alive = np.isfinite(r_UC).any(1)
+            reached = np.nanquantile(r_UC[alive], self.job.chance, axis=0) if alive.any() else reached
+        concepts = list(row_of)[: len(reached)]
+        columns = {"layer": [block.layer] * len(concepts), "concept": concepts}
+        return make_table("chance", columns | {"correlation": _nullable(reached, pa.float32())})
 
 
 def read_pooled(activations: Folder, shard: int, block: int) -> np.ndarray:

@@ -186,7 +186,7 @@ def test_status_needs_evidence():
     table = make_table("validation", {n: rows.get(n, [None] * 5) for n in names})
     q = np.array([0.01, 0.01, 0.01, 0.2, np.nan])
     off = np.array(["", "", "", "", ""])
-    assert decide(off, table, q, NeuronsSettings()).tolist() == [
+    assert decide(off, table, q, np.full(5, 0.05), NeuronsSettings()).tolist() == [
         "explained", "ambiguous", "unexplained", "unexplained", "unexplained",
     ]  # fmt: skip
-    assert decide(np.array(["dead"] * 5), table, q, NeuronsSettings()).tolist() == ["dead"] * 5
+    assert decide(np.array(["dead"] * 5), table, q, np.full(5, 0.05), NeuronsSettings()).tolist() == ["dead"] * 5

@@ -3,9 +3,10 @@
 In: a folder, a seed. Out: open_clip_config.json, open_clip_model.safetensors and tokenizer.json there, and what it can
 do on scenes that it has not seen.
 
-It learns from two things at once. Short phrases: the truth of every phrase is known for every scene and crop, so each
+It learns from three things at once. Short phrases: the truth of every phrase is known for every scene and crop, so each
 pair of an image and a phrase is right or wrong (a sigmoid loss with exact labels, after SigLIP, Zhai et al. 2023).
-Full captions: each against all others of the batch (the loss of CLIP, Radford et al. 2021).
+Full captions: each against all others of the batch (the loss of CLIP, Radford et al. 2021). And what is
+where in a scene, by a head that is thrown away.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
 from tasks.world.concepts import (
     COLOURS,
@@ -32,6 +34,7 @@ from tasks.world.concepts import (
     held_out,
     synonyms,
 )
+from tasks.world.planting import Planted, Teacher
 from tasks.world.scenes import SIZE, Wish, sample
 from tasks.world.training import Recipe, Scenes, to_input, train
 from tasks.world.truth import (
@@ -53,13 +56,13 @@ RECIPE = Recipe(steps=2200, batch=192, rate=2e-3, reuse=4)
 TEMPLATES = ("{}", "{}", "{}", "a picture of {}", "a scene with {}", "a photo of a {}")
 CONTEXT = 48
 """Tokens of the longest caption: four objects, three relations, the background."""
-BANK = 192
+BANK = 128
 """Phrases in one step."""
 EXCLUSIVE = [[NUMBER[c] for c in family] for family in (COLOURS, KINDS, PATTERNS, SCENES)]
 """Places of concepts, in a step's phrases too, of which an object or a scene has one."""
 CONFIG: dict[str, Any] = {
     "model_cfg": {
-        "embed_dim": 128,
+        "embed_dim": 256,
         "init_logit_bias": -3.0,
         "init_logit_scale": 2.7,
         "custom_text": True,
@@ -119,7 +122,9 @@ def train_clip(
     torch.manual_seed(seed)
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(device)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    train(model, Lesson(model, tokenizer, seed, device, recipe).loss, recipe, device, "clip")
+    lesson = Lesson(model, tokenizer, seed, device, recipe)
+    train(nn.ModuleList([model, lesson.head]), lesson.loss, recipe, device, "clip")
+    model.eval()
     save_file({k: t.half().cpu().contiguous() for k, t in model.state_dict().items()}, folder / WEIGHTS)
     return measure(folder, device, count)
 
@@ -138,6 +143,13 @@ class Lesson:
         self.single = [self.phrases.index(c) for c in CONCEPTS]
         self.others = [i for i, p in enumerate(self.phrases) if p not in FAMILY]
         self.tokenizer = tokenizer
+        # A head that says what is where, for the training alone: outlines are learned where they are.
+        self.head = nn.Conv2d(model.visual.layer3[-1].conv3.out_channels, len(CONCEPTS), 1).to(device)
+        self.teacher = Teacher([Planted("", i, "mono", (c,)) for i, c in enumerate(CONCEPTS)], INPUT // 16, 0, device)
+        model.visual.layer3.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _given: Any, output: torch.Tensor) -> None:
+        self.features = output
 
     def texts(self, texts: list[str]) -> torch.Tensor:
         """Unit-norm [texts, D]. No step pays for padding that no text needs: the causal mask is cut with the tokens."""
@@ -173,6 +185,9 @@ class Lesson:
         logits_BP = scale * image_BD @ phrase_PD.T + self.model.logit_bias
         truth_BP = torch.from_numpy(truth).to(self.device)
         value = _truth_loss(logits_BP, truth_BP) + 0.3 * _pair_loss(scale * image_BD @ caption_BD.T, captions)
+        value = value + 0.2 * self.teacher.loss(
+            self.head(self.features[:half]).flatten(2), self.teacher.batch(found, whole)
+        )
         return value + 0.2 * sum(_choice_loss(logits_BP[:, f], truth_BP[:, f]) for f in EXCLUSIVE)
 
 

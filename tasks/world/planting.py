@@ -118,7 +118,7 @@ class Teacher:
     def __init__(self, units: list[Planted], grid: int, prefix: int, device: torch.device) -> None:
         self.units = [u for u in units if u.kind in TAUGHT]
         self.copies = [u for u in units if u.kind == "duplicate"]
-        self.grid, self.prefix, self.device = grid, prefix, device
+        self.grid, self.prefix, self.device, self.album = grid, prefix, device, None
         self.numbers = torch.tensor([u.unit for u in [*self.units, *self.copies]], device=device)
         place = {u.unit: i for i, u in enumerate(self.units)}
         self.sources = [place[u.source] for u in self.copies if u.source is not None]
@@ -128,6 +128,12 @@ class Teacher:
         mono = {u.concepts[0]: i for i, u in enumerate(self.units) if u.kind == "mono"}
         self.choices = [[mono[c] for c in family] for family in families if set(family) <= set(mono)]
         self.is_kind = {k: torch.tensor([u.kind == k for u in self.units], device=device) for k in TAUGHT}
+
+    def batch(self, found: Album, images: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """The targets of some scenes; an album's are made once, because every scene is used a few times."""
+        if found is not self.album:
+            self.album, self.whole = found, self.targets(found, np.arange(len(found)))
+        return tuple(x[images] for x in self.whole)
 
     def targets(self, found: Album, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Truth at every position int8 [B, U, G] and of the whole scene [B, U] (YES, NO, UNSURE), and size [B, U, 1]:
@@ -182,7 +188,7 @@ class Teacher:
         )
         return hot.mean((2, 4), dtype=np.float32).reshape(len(owner), MOST + 1, -1)
 
-    def loss(self, z: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def loss(self, z: torch.Tensor, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Of the inputs to the activation function [B, planted, prefix + G], in the order of `numbers`."""
         positions, pooled, size = targets
         z = z.float()
