@@ -92,7 +92,8 @@ class NeuronsWorker:
         ratios: dict[str, list[float]] = {}
         for row, name in zip(found, names, strict=True):
             if row["correlation"] is not None:
-                ratios.setdefault(row["layer"], []).append(row["correlation"] / reached[row["layer"], name])
+                ratio = np.arctanh(row["correlation"]) / np.arctanh(reached[row["layer"], name])
+                ratios.setdefault(row["layer"], []).append(float(ratio))
         times = {layer: float(np.quantile(r, job.settings.twin_quantile)) for layer, r in ratios.items()}
         return reached, times
 
@@ -100,11 +101,12 @@ class NeuronsWorker:
         """What the interval of each name must exceed: min_correlation, or where the twin knows better, more.
 
         A concept has its own: random units follow a snowy ground closely and a star hardly at all. The best of many
-        concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names do.
+        concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names do,
+        on Fisher's scale (atanh), which ends at no correlation.
         """
         (reached, times), least = self.chance, self.job.settings.min_correlation
-        bars = [reached.get((layer, str(name)), least) * times.get(layer, 1.0) for name in names]
-        return np.maximum(np.array(bars, np.float32), least)
+        chance = np.array([reached.get((layer, str(name)), least) for name in names])
+        return np.maximum(np.tanh(np.arctanh(chance) * times.get(layer, 1.0)), least).astype(np.float32)
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]

@@ -92,14 +92,16 @@ def test_bar_is_what_chance_reaches_with_the_same_name(reference):
             if row["layer"] == layer
         }
         ratios = [
-            rows[n["unit"]]["correlation"] / chance[n["phrase"]]
+            np.arctanh(rows[n["unit"]]["correlation"]) / np.arctanh(chance[n["phrase"]])
             for n in named
             if n["layer"] == layer and rows[n["unit"]]["correlation"] is not None
         ]
         times = np.quantile(ratios, 0.98)
         for neuron in neurons:
             if neuron["layer"] == layer and neuron["phrase"]:
-                assert neuron["bar"] == pytest.approx(max(chance[neuron["phrase"]] * times, 0.05), rel=1e-3)
+                assert neuron["bar"] == pytest.approx(
+                    max(np.tanh(np.arctanh(chance[neuron["phrase"]]) * times), 0.05), rel=1e-3
+                )
     assert len({neuron["bar"] for neuron in neurons}) > 2
     assert all(n["lower"] > n["bar"] for n in neurons if n["status"] in ("explained", "ambiguous"))
 
@@ -195,7 +197,7 @@ def test_names_must_clear_their_bar(tmp_path, reached, chance, settings, bar, ex
     job = NeuronsJob(out, **folders, blocks=[Block("only", 0, 6)], settings=NeuronsSettings(**settings))
     NeuronsWorker(job).run(0)
     found = out.read("neurons", 0).to_pydict()
-    assert found["bar"] == [pytest.approx(bar)] * 6
+    assert found["bar"] == [pytest.approx(bar, abs=1e-3)] * 6
     assert [unit for unit, status in enumerate(found["status"]) if status == "explained"] == explained
 
 

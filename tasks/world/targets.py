@@ -43,7 +43,7 @@ class Net:
 
 INPUT = 64
 """Pixels of the nets' input: scenes are made smaller, so that a net sees more of them in the same time."""
-VIT = {"num_classes": len(CONCEPTS), "img_size": INPUT, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+VIT = {"num_classes": len(CONCEPTS), "img_size": INPUT, "patch_size": 2, "embed_dim": 128, "depth": 6, "num_heads": 4}
 VIT |= {"mlp_ratio": 2.0}
 VIT_DEPTHS = Depths(
     colour=["blocks.1.mlp.act", "blocks.2.mlp.act"],
@@ -78,12 +78,12 @@ NETS = {
                 special=[],
             ),
             "fc",
-            Recipe(steps=2500, batch=128, rate=2e-3),
+            Recipe(steps=3200, batch=128, rate=2e-3),
         ),
-        Net("vit", "vit_tiny_patch16_224", VIT, VIT_DEPTHS, "head", Recipe(steps=2500, batch=128, rate=1.5e-3)),
+        Net("vit", "vit_tiny_r_s16_p8_224", VIT, VIT_DEPTHS, "head", Recipe(steps=3500, batch=128, rate=2e-3)),
         Net(
             "vit_registers",
-            "vit_tiny_patch16_224",
+            "vit_tiny_r_s16_p8_224",
             VIT | {"reg_tokens": 4},
             VIT_DEPTHS,
             "head",
