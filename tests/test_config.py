@@ -11,7 +11,7 @@ from flows.config import CONF, compose, groups, multirun
 from tasks.layers import LayersSettings, find_layers
 from tasks.target import load_target
 from tasks.world.concepts import CONCEPTS
-from tasks.world.scenes import SIZE
+from tasks.world.targets import INPUT
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def test_the_worlds_architectures(target):
     """One output per concept, and maps fine enough to point at an object."""
     settings = replace(compose([f"target={target}"]).target, checkpoint=None, class_names=None, pretrained=False)
     found = load_target(settings)
-    assert (found.preprocess.size, found.preprocess.resize) == ((SIZE, SIZE), "squash")
+    assert (found.preprocess.size, found.preprocess.resize) == ((INPUT, INPUT), "squash")
     layers = find_layers(found.model, found.preprocess, LayersSettings(["residual", "logits"]))
     assert layers[-1].num_units == len(CONCEPTS)
     assert layers[0].grid[0] == layers[0].grid[1] >= 8

@@ -168,7 +168,7 @@ def test_plan_is_fixed_and_overlaps_nowhere():
     assert units != plan(depths, widths, 2)
     places = [(u.layer, u.unit) for u in units]
     assert len(places) == len(set(places))
-    assert {u.concepts[0] for u in units if u.kind == "mono"} == set(CONCEPTS)
+    assert {u.concepts[0] for u in units if u.kind in ("mono", "relation")} == set(CONCEPTS)
 
 
 def test_targets_follow_the_pixels(fresh):
