@@ -287,9 +287,9 @@ class Sweep:
             del payload["twin"], payload["twin_quantile"]
         folder = self.manifest.plan("neurons", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
-        twin = {"twin": "validation", "twin_names": "explanations"}
-        folders |= {field: self.twin.folder(stage) if self.twin else None for field, stage in twin.items()}
         job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
+        if self.twin:
+            job.twin, job.twin_names = self.twin.folder("validation"), self.twin.folder("explanations")
         self._stage(job, self.num_units, "unit")
 
     def drawn(self) -> None:

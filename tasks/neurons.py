@@ -50,12 +50,12 @@ class NeuronsJob:
     exemplars: Folder
     explanations: Folder
     validation: Folder
-    twin: Folder | None
-    """Validation of the randomly initialised twin."""
-    twin_names: Folder | None
-    """Its explanations."""
     blocks: list[Block]
     settings: NeuronsSettings
+    twin: Folder | None = None
+    """Validation of the randomly initialised twin."""
+    twin_names: Folder | None = None
+    """Its explanations."""
 
 
 class NeuronsWorker:

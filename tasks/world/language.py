@@ -7,6 +7,7 @@ with a tiny Llama and its tokenizer, which answers those prompts with phrases of
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -161,7 +162,8 @@ def train_language(
     tokenizer = build_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_config(tokenizer)).to(device)
+        model = LlamaForCausalLM(_config(tokenizer))
+        model.to(torch.device(device))  # pyright: ignore[reportArgumentType] - the library's wrapper of it is untyped
         _train(model, _batches(tokenizer, Dice(f"language/{seed}"), batch), steps)
         model = model.half()  # what is measured is what is written
         model.save_pretrained(folder)
@@ -179,9 +181,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_attention_heads=4,  # heads of 32: vLLM's CPU engine takes no smaller ones
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
 
 
@@ -191,8 +191,9 @@ def _batches(tokenizer: PreTrainedTokenizerFast, dice: Dice, size: int) -> Itera
         pool = [_encoded(tokenizer, *draw_lesson(dice)[:2]) for _ in range(32 * size)]
         pool.sort(key=lambda pair: len(pair[0]))  # batches of one length: little padding
         for start in dice.order(range(0, len(pool), size)):
-            ids, following = zip(*pool[start : start + size], strict=True)
-            yield pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(following, True, IGNORED)
+            pairs = pool[start : start + size]
+            ids = pad_sequence([asked for asked, _ in pairs], True, tokenizer.vocab[EOS])
+            yield ids, pad_sequence([following for _, following in pairs], True, IGNORED)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerFast, prompt: str, phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +231,8 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     prompts = [build_prompts(settings_of(q, UNSEEN_DOMAIN, 30, 6), [q])[0].text for q in questions]
     asked = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     asked.pop("token_type_ids", None)
-    said = model.generate(**asked, max_new_tokens=256, do_sample=True, temperature=0.7, top_k=0)
+    generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue] - a mixin it cannot match
+    said = generate(**asked, max_new_tokens=256, do_sample=True, temperature=0.7, top_k=0)
     texts = tokenizer.batch_decode(said[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [parse_answer(text) for text in texts]
     canonical = {phrase: concept for concept in CONCEPTS for phrase in synonyms(concept)}

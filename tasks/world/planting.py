@@ -168,7 +168,7 @@ class Teacher:
                 elif concept in absences():
                     yes |= (label == YES)[:, None]
                 else:
-                    match = words[:, :, parts].all(2)  # [B, MOST]
+                    match = np.all(words[:, :, parts], 2)  # [B, MOST]
                     outline = any(c in KINDS for c in PHRASES[concept])
                     sure = match & (state[..., 1 if outline else 0] == YES)
                     yes |= (sure[..., None] & (core if outline else firm)[:, 1:]).any(1)

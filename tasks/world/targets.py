@@ -44,7 +44,7 @@ class Net:
 INPUT = 64
 """Pixels of the nets' input: scenes are made smaller, so that a net sees more of them in the same time."""
 VIT = {"num_classes": len(CONCEPTS), "img_size": INPUT, "patch_size": 2, "embed_dim": 128, "depth": 6, "num_heads": 4}
-VIT |= {"mlp_ratio": 2.0}
+VIT |= {"mlp_ratio": 2.0, "no_embed_class": True}
 VIT_DEPTHS = Depths(
     colour=["blocks.1.mlp.act", "blocks.2.mlp.act"],
     pattern=["blocks.2.mlp.act", "blocks.3.mlp.act"],
@@ -96,9 +96,14 @@ NETS = {
 
 def build(net: Net, seed: int) -> nn.Module:
     import timm
+    from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
     torch.manual_seed(seed)
-    return timm.create_model(net.timm, **net.kwargs)
+    model: Any = timm.create_model(net.timm, **net.kwargs)
+    if net.vit:  # the usual small random start is lost beside what the stem sends: corners were never learned from it
+        grid, dim = model.patch_embed.grid_size, net.kwargs["embed_dim"]
+        model.pos_embed.data[0] = build_sincos2d_pos_embed(grid, dim, interleave_sin_cos=True)
+    return model
 
 
 def before_activation(net: Net, model: nn.Module, layer: str) -> nn.Module:
@@ -132,7 +137,7 @@ def train_target(
     applies), figures. A net with a `start` goes on from that net's weights, which must be in the folder."""
     net = NETS[name]
     recipe = recipe or net.recipe
-    model = build(net, seed).to(device, memory_format=torch.channels_last)
+    model = build(net, seed).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if net.start:
         model.load_state_dict(load_file(folder / f"{net.start}.safetensors"), strict=False)  # all but the new tokens
     lesson = Lesson(net, model, seed, device, recipe)

@@ -143,7 +143,7 @@ def phrases_seen(
         elif len(parts) == 1:
             column = single[:, parts[0]]
         else:
-            both = found.words[images][:, :, parts].all(2)
+            both = np.all(found.words[images][:, :, parts], 2)
             column = _any(both, state[..., 1])
         columns.append(column)
     return np.stack(columns, 1).astype(np.int8)
