@@ -1,10 +1,11 @@
 """Stage scores: the best concepts of every unit.
 
 In: patches and their embeddings, exemplars, unit_stats, image embeddings, concepts and their embeddings. Out: the kept
-concepts of each unit, ranked. Units go through in chunks of one fixed size, so memory does not depend on the block.
+concepts of each unit, ranked; among them the one that says most beside the best. Units go through in chunks of one
+fixed size, so memory does not depend on the block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -16,7 +17,7 @@ from tasks.crops import MAX_CROPS
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.scorers import PMI, SCORERS, Evidence, ScorerSettings, log_mean_exp
+from tasks.scorers import PMI, SCORERS, Evidence, ScorerSettings, log_mean_exp, unexplained, weighted_mean
 from tasks.store import Folder, PartReport, hash64
 from tasks.tables import make_table, matrix
 
@@ -24,6 +25,8 @@ CHUNK = 32
 """Units scored at once."""
 NULL_CROPS = 2048
 """Random crops per size behind the null mean and deviation."""
+IMAGES = 65_536
+"""Images that go into the covariance at once."""
 SHARE_Z = 1.645
 """A patch matches a concept if its similarity is above the 95 % quantile of random crops, taken as normal."""
 
@@ -105,10 +108,19 @@ class ScoresWorker:
         """Mean vector of the explain images."""
         return self.images_ND[self.job.images.explain].astype(np.float64).mean(0)
 
+    @cached_property
+    def covariance_DD(self) -> torch.Tensor:
+        """Of the vectors of the explain images."""
+        total, chosen = torch.zeros(len(self.mean_image_D), len(self.mean_image_D), dtype=torch.float64), 0
+        for rows in np.array_split(np.flatnonzero(self.job.images.explain), max(len(self.images_ND) // IMAGES, 1)):
+            centred = torch.from_numpy(self.images_ND[rows] - self.mean_image_D)
+            total, chosen = total + centred.T @ centred, chosen + len(rows)
+        return (total / max(chosen, 1)).float().to(self.device)
+
     def run(self, part: int) -> PartReport:
         report, block = PartReport(part), self.job.blocks[part]
         with report.phase("read"):
-            _ = self.concepts_CD, self.crops, self.null
+            _ = self.concepts_CD, self.crops, self.null, self.covariance_DD
         with report.phase("compute"), torch.inference_mode():
             layer = [i for i, b in enumerate(self.job.blocks) if b.layer == block.layer]
             marginal = self.marginal(tuple(layer)) if self.job.settings.name in PMI else 0
@@ -167,6 +179,9 @@ class ScoresWorker:
     def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:
         keep = min(self.job.settings.keep, scores_UC.shape[1])
         best, index = scores_UC.topk(keep, dim=1)
+        adds = self._adds(evidence, index[:, :1]) if keep > 1 else index
+        missing = (index != adds).all(1)
+        index[missing, -1], best[missing, -1] = adds[missing, 0], scores_UC.gather(1, adds)[missing, 0]
         units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
         chosen = index.cpu().numpy().reshape(-1)
         columns = {
@@ -179,7 +194,15 @@ class ScoresWorker:
             "score": best.cpu().numpy().reshape(-1),
             "null_z": null_z.cpu().numpy().reshape(-1),
             "share": _share(evidence, index).cpu().numpy().reshape(-1),
+            "adds": (index == adds).cpu().numpy().reshape(-1),
         }
+
+    def _adds(self, evidence: Evidence, first_U1: torch.Tensor) -> torch.Tensor:
+        """int64 [U, 1], the concept that fits best what the first leaves unexplained: the other half of a unit that
+        means two things, which near-synonyms of the first would crowd out. The first itself if it is the only one."""
+        first_UD = self.concepts_CD[first_U1[:, 0]]
+        rest = replace(evidence, weighted_UD=unexplained(evidence.weighted_UD, first_UD, self.covariance_DD))
+        return weighted_mean(rest).scatter(1, first_U1, -torch.inf).argmax(1, keepdim=True)
 
 
 def _by_rank(table: pa.Table, column: str, units: np.ndarray, width: int) -> np.ndarray:

@@ -7,7 +7,7 @@ storage-independent name; (`layer`, `unit`) is a unit; `concept_id` and `crop_id
 
 import pyarrow as pa
 
-VERSION = 2
+VERSION = 3
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 I32, I64, F32, F64, F16 = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.float16()
@@ -142,11 +142,12 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "score": (F32, "value of the scorer"),
         "null_z": (F32, "mean similarity of the patches against random crops of the same sizes, standard deviations"),
         "share": (F32, "share of the patches that match the concept better than 95 % of random crops do"),
+        "adds": (pa.bool_(), "whether it is the concept that fits best what the best one leaves unexplained"),
     },
     "explanations": UNIT
     | {
         "phrase": (STR, "the best concept; null where a unit has no patches"),
-        "concepts": (pa.list_(STR), "best concepts, best first"),
+        "concepts": (pa.list_(STR), "the best concept, the one that adds most to it, then the next best"),
         "weights": (pa.list_(F32), "their weights: lead over the last kept concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),

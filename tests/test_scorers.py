@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.explanations import explain
+from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.scorers import PMI, SCORERS, Evidence, log_mean_exp
+from tasks.scorers import PMI, SCORERS, Evidence, log_mean_exp, unexplained
 from tasks.tables import make_table
 from tasks.validation import best_rival, correlations, fisher
 
@@ -75,6 +78,37 @@ def test_scorers_equal_their_formulas(name, seed):
     assert scores.shape == (5, 11)
     expected = [[slow(name, arrays, u, c) for c in range(11)] for u in range(5)]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_unexplained_is_what_a_regression_leaves(seed):
+    rng = np.random.default_rng(seed)
+    images, activation = rng.normal(size=(50, 6)), rng.random((3, 50)) ** 3
+    concept, centred = rng.normal(size=(3, 6)), images - images.mean(0)
+    found = unexplained(
+        torch.from_numpy(activation @ centred), torch.from_numpy(concept), torch.from_numpy(np.cov(images.T, ddof=0))
+    ).numpy()
+    for unit in range(3):
+        slope, start = np.polyfit(images @ concept[unit], activation[unit], 1)
+        rest = activation[unit] - slope * (images @ concept[unit]) - start
+        np.testing.assert_allclose(found[unit], rest @ images, atol=1e-8)
+        np.testing.assert_allclose(found[unit] @ concept[unit], 0, atol=1e-8)  # nothing of the concept is left
+
+
+@pytest.mark.parametrize(
+    ("adds", "expected"), [(1, "abcde"), (3, "adbce"), (6, "agbcd"), (0, "abcde")], ids=["next", "inside", "last", "-"]
+)
+def test_what_adds_most_comes_second(adds, expected):
+    score = np.arange(7, 0, -1, dtype=np.float32)
+    columns = {"concept": list("abcdefg"), "score": score, "adds": np.arange(7) == adds}
+    exemplars = {"unit": [0], "tail": ["top"], "rank": [0], "image_id": ["x"]}
+    row = explain(Block("layer", 0, 1), pa.table(columns), pa.table(exemplars)).to_pylist()[0]
+    assert "".join(row["concepts"]) == expected
+    assert row["phrase"] == "a"
+    assert row["margin"] == 1
+    leads = np.array([score["abcdefg".index(c)] - 1 for c in expected])
+    np.testing.assert_allclose(row["weights"], leads / leads.sum(), rtol=1e-6)
 
 
 def test_marginal_of_parts_is_the_marginal_of_the_whole():

@@ -20,7 +20,7 @@ from flows.sweep import Sweep
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
-STAGES = [stage for stage in TABLES if stage not in ("precision", "drawn")]  # on a GPU only, over the drawn world only
+STAGES = [stage for stage in TABLES if stage not in ("precision", "drawn", "world")]  # of a sweep on a CPU, over photos
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,10 @@ def test_every_unit_has_exactly_one_row(reference):
     assert by_unit["relu", 3]["status"] == "dead"  # the same value whatever the image
     assert all(n["phrase"] in [*samples.WORDS, "red circle"] for n in neurons if n["status"] != "dead")
     assert all(abs(sum(n["weights"]) - 1) < 1e-5 for n in neurons)
+    kept = run.folder("scores").read_all("scores").to_pylist()
+    adds = {(s["layer"], s["unit"]): s for s in kept if s["adds"]}
+    assert len(adds) == sum(s["adds"] for s in kept) == len(neurons)
+    assert all(s["rank"] > 0 and by_unit[key]["concepts"][1] == s["concept"] for key, s in adds.items())
     images = run.folder("probing").read_all("images").to_pylist()
     assert Counter(i["status"] for i in images) == {"ok": 46, "not_an_image": 1}
     copies = [i for i in images if i["image_id"] in ("red/copy.png", "red/0000.png")]

@@ -108,14 +108,15 @@ def test_graded_units_grow_with_the_object(fresh):
 
 
 def test_clip_knows_the_world():
-    """Floors well below what `axonym world` printed when the weights were made, on scenes of another stream."""
+    """Floors below what `axonym world` printed when the weights were made (tasks/world/weights/measures.parquet), on
+    scenes of another stream; 0.78 for unseen pairs of shape and colour in crops, the worst, is all that it can do."""
     figures = measure(WORLD / "clip", CPU, 300)
     for family in ("colour", "shape", "object", "pattern", "scene"):
         for form in ("scenes", "crops"):
             assert figures[f"zero-shot {family} {form}"] >= 0.9
-            assert figures[f"zero-shot {family} {form} unseen pairs"] >= 0.85
-    assert figures["retrieval R@1 scenes"] >= 0.5
-    assert figures["retrieval R@1 crops"] >= 0.5
+            assert figures[f"zero-shot {family} {form} unseen pairs"] >= 0.7
+    assert figures["retrieval R@1 scenes"] >= 0.9
+    assert figures["retrieval R@1 crops"] >= 0.8
 
 
 def test_what_ships_is_small_and_safe():

@@ -98,7 +98,7 @@ def wilson(right: int, of: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     z, share = 1.96, right / of
     middle, spread = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (middle - spread) / (1 + z * z / of), (middle + spread) / (1 + z * z / of)
+    return max(middle - spread, 0) / (1 + z * z / of), (middle + spread) / (1 + z * z / of)
 
 
 def interval(right: int, of: int) -> str:
