@@ -21,6 +21,8 @@ from tasks.world.truth import NO, PHRASES, UNSURE, YES, Album, objects, phrases_
 RELATIONS = ("two objects", "three objects", "overlapping objects", "objects side by side", "stacked objects")
 """Layouts that hang on several objects at once: nets of this size learn them less well than AUROC 0.97, so units for
 them are planted and judged as a kind of their own."""
+LAYOUT = 4.0
+"""Weight of layouts in the loss: they are learned last, because where and how large an object is shows nowhere in it."""
 FULL = 5.0
 """What a graded unit reaches for the largest object, and a noise unit for the strongest grain."""
 
@@ -127,6 +129,7 @@ class Teacher:
         families = (COLOURS, KINDS, PATTERNS, SCENES)
         mono = {u.concepts[0]: i for i, u in enumerate(self.units) if u.kind == "mono"}
         self.choices = [[mono[c] for c in family] for family in families if set(family) <= set(mono)]
+        self.weights = torch.tensor([LAYOUT if u.family == "layout" else 1.0 for u in self.units], device=device)
         self.is_kind = {k: torch.tensor([u.kind == k for u in self.units], device=device) for k in TAUGHT}
 
     def batch(self, found: Album, images: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -195,7 +198,9 @@ class Teacher:
         special, patches = z[:, :, : self.prefix], z[:, : len(self.units), self.prefix :]
         binary = ~(self.is_kind["graded"] | self.is_kind["noise"] | self.is_kind["special_token_only"])
         peak = patches.max(2).values
-        value = balanced(patches[:, binary], positions[:, binary]) + balanced(peak[:, binary], pooled[:, binary])
+        weights = self.weights[binary]
+        value = balanced(patches[:, binary], positions[:, binary], weights)
+        value = value + balanced(peak[:, binary], pooled[:, binary], weights)
         for family in self.choices:
             true = positions[:, family] == YES
             one = true.sum(1) == 1  # [B, G]
@@ -224,11 +229,13 @@ class Teacher:
         return value
 
 
-def balanced(z: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy in which each unit's true and false places weigh the same; mean over units (axis 1)."""
+def balanced(z: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Binary cross-entropy in which each unit's true and false places weigh the same; weighted mean over units (axis
+    1)."""
     axes = tuple(a for a in range(z.ndim) if a != 1)
     value = torch.zeros((), device=z.device)
     for label, sign in ((YES, -1.0), (NO, 1.0)):
         here = truth == label
-        value = value + ((F.softplus(sign * z) * here).sum(axes) / here.sum(axes).clamp(min=1)).mean() / 2
+        each = (F.softplus(sign * z) * here).sum(axes) / here.sum(axes).clamp(min=1)
+        value = value + (weights * each).mean() / 2
     return value
