@@ -15,7 +15,7 @@ from tasks.tables import make_table
 
 CONCEPTS = 5
 """Concepts of an explanation."""
-COLUMNS = ("concept", "score", "adds")
+COLUMNS = ("concept", "score", "lead", "adds")
 EXEMPLARS = 20
 """Exemplar ids that an explanation carries."""
 
@@ -49,18 +49,18 @@ class ExplanationsWorker:
 
 
 def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
-    """One row per unit of the block: its best concept, the one that adds most to it, and the next best.
+    """One row per unit of the block: its best concept, the one that adds to it if there is one, and the next best.
 
-    A concept's weight is its lead over the last kept concept, normalised: in the order of the scores, whatever the
-    scorer's scale. All are equal where nothing leads.
+    A concept's weight is its lead over the vocabulary's median concept, normalised, whatever the scorer's scale. All
+    are equal where nothing leads.
     """
     keep = scores.num_rows // len(block)
     columns = {c: scores[c].to_numpy(zero_copy_only=False).reshape(len(block), keep) for c in COLUMNS}
     score, place = columns["score"], np.arange(keep) + 1 - columns["adds"] * keep
-    place[:, 0] = -keep  # the best, what adds most to it, the next best
+    place[:, 0] = -keep
     order = place.argsort(1)[:, :CONCEPTS]
     concepts = np.take_along_axis(columns["concept"], order, 1)
-    weights = np.take_along_axis(score - score[:, -1:], order, 1)
+    weights = np.take_along_axis(columns["lead"], order, 1).clip(0)
     total = weights.sum(1, keepdims=True)
     weights = np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / weights.shape[1])
     first = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))

@@ -142,13 +142,14 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "score": (F32, "value of the scorer"),
         "null_z": (F32, "mean similarity of the patches against random crops of the same sizes, standard deviations"),
         "share": (F32, "share of the patches that match the concept better than 95 % of random crops do"),
-        "adds": (pa.bool_(), "whether it is the concept that fits best what the best one leaves unexplained"),
+        "lead": (F32, "score over that of the vocabulary's median concept"),
+        "adds": (pa.bool_(), "whether it fits best what the best one leaves unexplained, and adds a quarter to it"),
     },
     "explanations": UNIT
     | {
         "phrase": (STR, "the best concept; null where a unit has no patches"),
-        "concepts": (pa.list_(STR), "the best concept, the one that adds most to it, then the next best"),
-        "weights": (pa.list_(F32), "their weights: lead over the last kept concept, normalised to sum 1"),
+        "concepts": (pa.list_(STR), "the best concept, the one that adds to it if any, then the next best"),
+        "weights": (pa.list_(F32), "their weights: lead over the median concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
     },

@@ -97,17 +97,17 @@ def test_unexplained_is_what_a_regression_leaves(seed):
 
 
 @pytest.mark.parametrize(
-    ("adds", "expected"), [(1, "abcde"), (3, "adbce"), (6, "agbcd"), (0, "abcde")], ids=["next", "inside", "last", "-"]
+    ("adds", "expected"), [(1, "abcde"), (3, "adbce"), (6, "agbcd"), (7, "abcde")], ids=["next", "inside", "last", "-"]
 )
-def test_what_adds_most_comes_second(adds, expected):
+def test_what_adds_comes_second(adds, expected):
     score = np.arange(7, 0, -1, dtype=np.float32)
-    columns = {"concept": list("abcdefg"), "score": score, "adds": np.arange(7) == adds}
+    columns = {"concept": list("abcdefg"), "score": score, "lead": score - 2, "adds": np.arange(7) == adds}
     exemplars = {"unit": [0], "tail": ["top"], "rank": [0], "image_id": ["x"]}
     row = explain(Block("layer", 0, 1), pa.table(columns), pa.table(exemplars)).to_pylist()[0]
     assert "".join(row["concepts"]) == expected
     assert row["phrase"] == "a"
     assert row["margin"] == 1
-    leads = np.array([score["abcdefg".index(c)] - 1 for c in expected])
+    leads = np.array([max(score["abcdefg".index(c)] - 2, 0) for c in expected])
     np.testing.assert_allclose(row["weights"], leads / leads.sum(), rtol=1e-6)
 
 

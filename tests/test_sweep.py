@@ -65,7 +65,7 @@ def test_every_unit_has_exactly_one_row(reference):
     assert all(abs(sum(n["weights"]) - 1) < 1e-5 for n in neurons)
     kept = run.folder("scores").read_all("scores").to_pylist()
     adds = {(s["layer"], s["unit"]): s for s in kept if s["adds"]}
-    assert len(adds) == sum(s["adds"] for s in kept) == len(neurons)
+    assert 0 < len(adds) == sum(s["adds"] for s in kept) <= len(neurons)
     assert all(s["rank"] > 0 and by_unit[key]["concepts"][1] == s["concept"] for key, s in adds.items())
     images = run.folder("probing").read_all("images").to_pylist()
     assert Counter(i["status"] for i in images) == {"ok": 46, "not_an_image": 1}

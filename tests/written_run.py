@@ -136,7 +136,7 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
 
 
 def score_row(rank: int, concept: str) -> dict[str, Any]:
-    evidence = {"score": 1.0, "null_z": 9.0 - rank, "share": 0.8, "adds": rank == 1}
+    evidence = {"score": 1.0, "lead": 1.0, "null_z": 9.0 - rank, "share": 0.8, "adds": rank == 1}
     return {"rank": rank, "concept_id": str(rank), "concept": concept, "family": "object"} | evidence
 
 

@@ -10,6 +10,7 @@ where in a scene, by a head that is thrown away.
 """
 
 import json
+import logging
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def train_clip(
     config["model_cfg"]["text_cfg"]["vocab_size"] = write_tokenizer(folder)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     torch.manual_seed(seed)
+    logging.disable(logging.WARNING)  # that the folder has no weights yet
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(device)
+    logging.disable(logging.NOTSET)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     lesson = Lesson(model, tokenizer, seed, device, recipe)
     train(nn.ModuleList([model, lesson.head]), lesson.loss, recipe, device, "clip")

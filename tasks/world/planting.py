@@ -22,7 +22,7 @@ RELATIONS = ("two objects", "three objects", "overlapping objects", "objects sid
 """Layouts that hang on several objects at once: nets of this size learn them less well than AUROC 0.97, so units for
 them are planted and judged as a kind of their own."""
 LAYOUT = 4.0
-"""Weight of layouts in the loss: they are learned last, because where and how large an object is shows nowhere in it."""
+"""Weight of layouts in the loss: they are learned last, because no single place shows them."""
 FULL = 5.0
 """What a graded unit reaches for the largest object, and a noise unit for the strongest grain."""
 
