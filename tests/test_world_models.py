@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from flows.cli import run_flow
 from flows.config import WORLD, compose
@@ -57,8 +58,8 @@ def pooled(net, album):
 
     with torch.inference_mode(), hooked(target.model, list(found), keep):
         for start in range(0, len(album), 100):
-            pixels = torch.from_numpy(album.pixels[start : start + 100]).permute(0, 3, 1, 2)
-            target.model(target.preprocess.normalise(pixels))
+            pixels = [target.preprocess.pixels(Image.fromarray(p)) for p in album.pixels[start : start + 100]]
+            target.model(target.preprocess.normalise(torch.from_numpy(np.stack(pixels))))
     join = {name: torch.cat(x).numpy() for name, x in found.items()}
     return join, {name: torch.cat(x).numpy() for name, x in prefix.items() if x}
 

@@ -111,7 +111,9 @@ def plan(depths: Depths, widths: dict[str, int], seed: int) -> list[Planted]:
     return found
 
 
-TAUGHT = ("mono", "relation", "or", "and", "not", "graded", "noise", "special_token_only")
+TWO_VALUED = ("mono", "relation", "or", "and", "not")
+"""Above zero where the concept is and below elsewhere."""
+TAUGHT = (*TWO_VALUED, "graded", "noise", "special_token_only")
 
 
 class Teacher:
@@ -196,7 +198,7 @@ class Teacher:
         positions, pooled, size = targets
         z = z.float()
         special, patches = z[:, :, : self.prefix], z[:, : len(self.units), self.prefix :]
-        binary = ~(self.is_kind["graded"] | self.is_kind["noise"] | self.is_kind["special_token_only"])
+        binary = sum(self.is_kind[kind] for kind in TWO_VALUED) > 0
         peak = patches.max(2).values
         weights = self.weights[binary]
         value = balanced(patches[:, binary], positions[:, binary], weights)

@@ -4,7 +4,7 @@ In: a folder, a seed. Out: <net>.safetensors with the weights and the list of pl
 The nets are timm's own, so they are loaded like any other model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tasks.world.concepts import CONCEPTS
-from tasks.world.planting import Depths, Planted, Teacher, plan
+from tasks.world.planting import TWO_VALUED, Depths, Planted, Teacher, plan
 from tasks.world.training import Recipe, Scenes, to_input, train
-from tasks.world.truth import UNSURE, YES, concepts_seen, phrases_seen, stream
+from tasks.world.truth import NO, UNSURE, YES, Album, concepts_seen, phrases_seen, stream
 
 
 @dataclass
@@ -144,6 +144,7 @@ def train_target(
     with inputs(net, model, {layer: t.numbers for layer, t in lesson.teachers.items()}) as lesson.z:
         train(model, lesson.loss, recipe, device, name)
     fix(net, model, lesson.units)
+    set_thresholds(net, model, lesson.units, stream(f"{seed}/{name}/thresholds", 0, count, unseen=False), device)
     folder.mkdir(parents=True, exist_ok=True)
     halves = {k: t.half() if t.is_floating_point() else t for k, t in model.state_dict().items()}
     save_file({k: t.cpu().contiguous() for k, t in halves.items()}, folder / f"{name}.safetensors")
@@ -218,7 +219,49 @@ def fix(net: Net, model: nn.Module, units: list[Planted]) -> None:
                 norm.weight[u], norm.bias[u] = (0.05, 1.0) if on else (0.0, -1.0)
 
 
+@torch.no_grad()
+def set_thresholds(net: Net, model: nn.Module, units: list[Planted], found: Album, device: torch.device) -> None:
+    """Raise the bias of each unit that means something so that 99 % of the scenes that show it get it above zero: what
+    the activation function cuts off is lost to all that reads the unit."""
+    for unit, peak in zip(units, peaks(net, model, units, found, device), strict=True):
+        if unit.kind in TWO_VALUED:
+            shift = max(0.0, 0.05 - float(np.quantile(peak[shows(found, unit) == YES], 0.01)))
+            block: Any = model.get_submodule(unit.layer.removesuffix(".mlp.act"))
+            (block.mlp.fc1 if net.vit else block.bn2).bias[unit.unit] += shift
+
+
 # --- what they can do
+
+
+def shows(found: Album, unit: Planted) -> np.ndarray:
+    """int8 [N] of YES, NO, UNSURE: whether scenes show any of a unit's concepts."""
+    truth = phrases_seen(found, list(unit.concepts))
+    return np.where((truth == YES).any(1), YES, np.where((truth == UNSURE).any(1), UNSURE, NO))
+
+
+@torch.no_grad()
+def peaks(
+    net: Net,
+    model: nn.Module,
+    units: list[Planted],
+    found: Album,
+    device: torch.device,
+    act: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+) -> np.ndarray:
+    """float32 [units, scenes], the largest of `act` of the input to the activation function over an image's patches;
+    logits as they are."""
+    model.eval()
+    layers = {u.layer: [v for v in units if v.layer == u.layer] for u in units if u.kind != "logit"}
+    prefix, values = getattr(model, "num_prefix_tokens", 0), np.zeros((len(units), len(found)), np.float32)
+    rows = {layer: [i for i, u in enumerate(units) if u.layer == layer] for layer in [*layers, net.head]}
+    with inputs(net, model, {layer: torch.tensor([u.unit for u in these]) for layer, these in layers.items()}) as z:
+        for start in range(0, len(found), 100):
+            part = slice(start, start + 100)
+            logits = model(to_input(found.pixels[part], device, INPUT)).float()
+            for layer in layers:
+                values[rows[layer], part] = act(z[layer].float())[:, :, prefix:].amax(2).T.cpu().numpy()
+            values[rows[net.head], part] = logits[:, [units[i].unit for i in rows[net.head]]].T.cpu().numpy()
+    return values
 
 
 @torch.no_grad()
@@ -226,29 +269,12 @@ def measure(
     net: Net, model: nn.Module, units: list[Planted], device: torch.device, count: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """AUROC of every unit's largest activation over an image against its truth on `count` fresh scenes."""
-    layers = sorted({u.layer for u in units if u.kind != "logit"})
-    numbers = {layer: torch.tensor([u.unit for u in units if u.layer == layer]) for layer in layers}
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    model.eval()
-    peaks: dict[str, list[np.ndarray]] = {layer: [] for layer in [*layers, net.head]}
     found = stream("targets/hold-out", 0, count)
-    with inputs(net, model, numbers) as z:
-        for start in range(0, count, 100):
-            logits = model(to_input(found.pixels[start : start + 100], device, INPUT))
-            for layer in layers:
-                peaks[layer].append(z[layer][:, :, prefix:].amax(2).float().cpu().numpy())
-            peaks[net.head].append(logits.float().cpu().numpy())
-    pooled = {layer: np.concatenate(p) for layer, p in peaks.items()}
-    places = {
-        layer: {u.unit: i for i, u in enumerate([v for v in units if v.layer == layer])}
-        for layer in [*layers, net.head]
-    }
+    act = F.gelu if net.vit else F.relu
     auroc = np.full(len(units), np.nan)
-    for i, unit in enumerate(units):
-        if unit.concepts and unit.kind != "special_token_only":
-            truth = phrases_seen(found, list(unit.concepts))
-            label = np.where((truth == YES).any(1), YES, np.where((truth == UNSURE).any(1), UNSURE, 0))
-            auroc[i] = area(pooled[unit.layer][:, places[unit.layer][unit.unit]], label)
+    for i, peak in enumerate(peaks(net, model, units, found, device, act)):
+        if units[i].concepts and units[i].kind != "special_token_only":
+            auroc[i] = area(peak, shows(found, units[i]))
     figures = {}
     for kind in dict.fromkeys(u.kind for u in units):
         values = np.array([a for a, u in zip(auroc, units, strict=True) if u.kind == kind and np.isfinite(a)])
