@@ -25,8 +25,8 @@ from tasks.world.truth import NO, UNSURE, YES, phrases_seen, stream
 CPU = torch.device("cpu")
 SCENES = 2000
 FLOORS = {"resnet": (0.965, 0.965), "vit": (0.965, 0.92), "vit_registers": (0.945, 0.92)}
-"""Least AUROC of a mono unit on the test's own scenes: of all but layouts, of layouts. The goal is 0.97, which the ViTs'
-layouts miss, and with registers houses and flowers too."""
+"""Least AUROC of a mono unit: of all but layouts, of layouts. The goal is 0.97, which layouts miss in
+the ViTs, and with registers houses and flowers too."""
 
 
 @pytest.fixture(scope="module")
