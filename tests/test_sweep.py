@@ -234,9 +234,10 @@ def run_until_activations(flow):
 def dying(stage, worker):
     """`_stage` with another worker class in place of the real one."""
 
-    def run(folder, _worker, job, parts, items, unit):
+    def run(job, items, unit):
         job.marker = os.environ.get("AXONYM_TEST_MARKER")
-        return run_stage(Work(folder, worker, job, parts, items, unit), stage.__self__.config.cluster)
+        parts = stage.__self__.manifest.parts[job.out.stage]
+        return run_stage(Work(job.out, worker, job, parts, items, unit), stage.__self__.config.cluster)
 
     return run
 
