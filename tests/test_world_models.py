@@ -15,7 +15,7 @@ from flows.config import WORLD, compose
 from flows.world import main as world
 from tasks.layers import LayersSettings, find_layers, hooked
 from tasks.target import load_target
-from tasks.world.clip import average_precision, measure
+from tasks.world.clip import CONFIG, average_precision, measure
 from tasks.world.concepts import CONCEPTS, FAMILY, SYNONYMS
 from tasks.world.judging import HEAD, judge, scores, wilson
 from tasks.world.planting import Planted, Teacher, plan
@@ -151,7 +151,7 @@ def test_world_from_nothing(tmp_path, capsys):
         config = compose([f"world={tmp_path / 'w'}", f"target=world_{net}"])
         load_target(config.target)
     clip = json.loads((tmp_path / "w" / "clip" / "open_clip_config.json").read_text())
-    assert clip["model_cfg"]["embed_dim"] == 128
+    assert clip["model_cfg"]["embed_dim"] == CONFIG["model_cfg"]["embed_dim"]
     table = pq.read_table(tmp_path / "w" / "planted.parquet")
     assert set(table["net"].to_pylist()) == set(NETS)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").glob("*.safetensors")}

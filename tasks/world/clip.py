@@ -32,6 +32,7 @@ from tasks.world.concepts import (
     SCENES,
     SYNONYMS,
     Dice,
+    absences,
     held_out,
     synonyms,
 )
@@ -59,6 +60,8 @@ CONTEXT = 48
 """Tokens of the longest caption: four objects, three relations, the background."""
 BANK = 128
 """Phrases in one step."""
+LAYOUT = 3.0
+"""Weight of layouts in the loss: they are learned last."""
 EXCLUSIVE = [[NUMBER[c] for c in family] for family in (COLOURS, KINDS, PATTERNS, SCENES)]
 """Places of concepts, in a step's phrases too, of which an object or a scene has one."""
 CONFIG: dict[str, Any] = {
@@ -143,8 +146,9 @@ class Lesson:
         self.scenes, self.rng, self.dice = Scenes(f"{seed}/clip", recipe), np.random.default_rng(seed), Dice(seed)
         self.phrases = list(PHRASES)
         self.forms = {p: _forms(p) for p in self.phrases}
-        self.single = [self.phrases.index(c) for c in CONCEPTS]
-        self.others = [i for i, p in enumerate(self.phrases) if p not in FAMILY]
+        self.always = [self.phrases.index(p) for p in (*CONCEPTS, *absences())]  # single concepts first: EXCLUSIVE
+        self.others = [i for i in range(len(self.phrases)) if i not in self.always]
+        self.weights = torch.tensor([LAYOUT if FAMILY.get(p) == "layout" else 1.0 for p in self.phrases], device=device)
         self.tokenizer = tokenizer
         # A head that says what is where, for the training alone: outlines are learned where they are.
         self.head = nn.Conv2d(model.visual.layer3[-1].conv3.out_channels, len(CONCEPTS), 1).to(device)
@@ -175,7 +179,7 @@ class Lesson:
         pixels = torch.cat([to_input(found.pixels[whole], self.device, INPUT), *crops]).contiguous(
             memory_format=torch.channels_last
         )
-        chosen = [*self.single, *self.rng.choice(self.others, BANK - len(CONCEPTS), replace=False)]
+        chosen = [*self.always, *self.rng.choice(self.others, BANK - len(self.always), replace=False)]
         phrases = [self.phrases[i] for i in chosen]
         truth = np.concatenate([phrases_seen(found, phrases, whole), phrases_seen(found, phrases, cut, boxes[half:])])
         texts = [self.dice.pick(TEMPLATES).format(self.dice.pick(self.forms[p])) for p in phrases]
@@ -187,7 +191,9 @@ class Lesson:
         caption_BD = self.texts(captions)
         logits_BP = scale * image_BD @ phrase_PD.T + self.model.logit_bias
         truth_BP = torch.from_numpy(truth).to(self.device)
-        value = _truth_loss(logits_BP, truth_BP) + 0.3 * _pair_loss(scale * image_BD @ caption_BD.T, captions)
+        value = _truth_loss(logits_BP, truth_BP, self.weights[chosen]) + 0.3 * _pair_loss(
+            scale * image_BD @ caption_BD.T, captions
+        )
         value = value + 0.2 * self.teacher.loss(
             self.head(self.features[:half]).flatten(2), self.teacher.batch(found, whole)
         )
@@ -201,12 +207,12 @@ def _forms(phrase: str) -> list[str]:
     return [phrase] * 6 + list(synonyms(phrase)[1:])
 
 
-def _truth_loss(logits_BP: torch.Tensor, truth_BP: torch.Tensor) -> torch.Tensor:
+def _truth_loss(logits_BP: torch.Tensor, truth_BP: torch.Tensor, weights_P: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy where the truth is known; what is true counts more where it is rare."""
     known, true = truth_BP != UNSURE, truth_BP == YES
     share_P = true.sum(0) / known.sum(0).clamp(min=1)
     lift_P = ((1 - share_P) / share_P.clamp(min=1e-3)).sqrt().clamp(1, 8)
-    weight = known * torch.where(true, lift_P, 1.0)
+    weight = known * torch.where(true, lift_P, 1.0) * weights_P
     return (
         F.binary_cross_entropy_with_logits(logits_BP.float(), true.float(), reduction="none") * weight
     ).sum() / weight.sum()

@@ -23,6 +23,9 @@ RELATIONS = ("two objects", "three objects", "overlapping objects", "objects sid
 them are planted and judged as a kind of their own."""
 LAYOUT = 4.0
 """Weight of layouts in the loss: they are learned last, because no single place shows them."""
+MARGIN = 2.0
+"""Input to the activation function at which true and false are equally likely: above zero, so that what is doubtful is
+not cut off."""
 FULL = 5.0
 """What a graded unit reaches for the largest object, and a noise unit for the strongest grain."""
 
@@ -201,8 +204,8 @@ class Teacher:
         binary = sum(self.is_kind[kind] for kind in TWO_VALUED) > 0
         peak = patches.max(2).values
         weights = self.weights[binary]
-        value = balanced(patches[:, binary], positions[:, binary], weights)
-        value = value + balanced(peak[:, binary], pooled[:, binary], weights)
+        value = balanced(patches[:, binary] - MARGIN, positions[:, binary], weights)
+        value = value + balanced(peak[:, binary] - MARGIN, pooled[:, binary], weights)
         for family in self.choices:
             true = positions[:, family] == YES
             one = true.sum(1) == 1  # [B, G]
@@ -219,7 +222,7 @@ class Teacher:
                 share = (
                     ((F.softplus(4 * patches[:, these]) / 4 - aim).square() * (1 + 8 * (aim > 0))) * known
                 ).sum() / known.sum()
-                value = value + 0.3 * share * these.sum() / len(self.units)
+                value = value + share * these.sum() / len(self.units)
         these = self.is_kind["special_token_only"]
         if these.any():
             fires = pooled[:, these, None].expand(-1, -1, self.prefix)

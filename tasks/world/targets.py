@@ -224,8 +224,11 @@ def set_thresholds(net: Net, model: nn.Module, units: list[Planted], found: Albu
     """Raise the bias of each unit that means something so that 99 % of the scenes that show it get it above zero: what
     the activation function cuts off is lost to all that reads the unit."""
     for unit, peak in zip(units, peaks(net, model, units, found, device), strict=True):
-        if unit.kind in TWO_VALUED:
-            shift = max(0.0, 0.05 - float(np.quantile(peak[shows(found, unit) == YES], 0.01)))
+        if unit.kind not in (*TWO_VALUED, "duplicate"):
+            continue
+        shown = peak[shows(found, unit) == YES]
+        if len(shown):
+            shift = max(0.0, 0.05 - float(np.quantile(shown, 0.01)))
             block: Any = model.get_submodule(unit.layer.removesuffix(".mlp.act"))
             (block.mlp.fc1 if net.vit else block.bn2).bias[unit.unit] += shift
 
