@@ -22,12 +22,12 @@ from tasks.drawn import DrawnSettings
 from tasks.layers import LayersSettings
 from tasks.neurons import NeuronsSettings
 from tasks.patches import PatchesSettings
+from tasks.phrases import VocabularySettings
 from tasks.probing import ProbingSettings
 from tasks.report import ReportSettings
 from tasks.scorers import ScorerSettings
 from tasks.store import StoreSettings
 from tasks.target import TargetSettings
-from tasks.vocabulary import VocabularySettings
 
 CONF = Path(next(iter(conf.__path__)))
 WORLD = Path(next(iter(tasks.world.__path__))) / "weights"

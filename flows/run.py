@@ -16,9 +16,11 @@ from tasks.tables import VERSION
 TABLES = {
     "listing": ("listing",),
     "probing": ("images",),
-    "vocabulary": ("concepts", "answers"),
     "image_embeddings": ("image_embeddings",),
-    "concept_embeddings": ("concept_embeddings",),
+    "answers": ("answers",),
+    "phrases": ("phrases",),
+    "phrase_embeddings": ("phrase_embeddings",),
+    "vocabulary": ("concepts", "concept_embeddings"),
     "precision": ("precision",),
     "activations": ("candidates", "stats", "pooled"),
     "exemplars": ("exemplars", "unit_stats"),

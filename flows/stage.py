@@ -80,7 +80,7 @@ class Work:
     """What the progress bar counts: images, units or concepts."""
     unit: str
     alone: bool = False
-    """The stage's workers share nothing with other stages and are gone when it ends (a vLLM engine and its GPU)."""
+    """The stage has one worker unless told otherwise, which is gone when it ends (a vLLM engine and its GPU)."""
 
 
 class Host:
@@ -183,7 +183,7 @@ def _run_on_ray(work: Work, parts: list[int], cluster: ClusterSettings) -> Itera
         running[actor.run.remote(part)] = (actor, part)
 
     release_hosts(keep=None if work.alone else need)
-    for _ in range(min(len(parts), need.workers or _fitting(need))):
+    for _ in range(min(len(parts), need.workers or (1 if work.alone else _fitting(need)))):
         give(_host(need, work.worker, job))
     while running:
         for ref in ray.wait(list(running), num_returns=1)[0]:

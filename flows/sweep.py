@@ -2,7 +2,7 @@
 
   probing -> image_embeddings ----------+-------------------------------+
      |                                  |                               |
-     |       vocabulary -> concept_embeddings ----------------+         |
+     |     answers -> phrases -> phrase_embeddings -> vocabulary        |
      |                                  |                     |         |
      +-> activations -> exemplars -> patches -> embeddings -> scores -> explanations -> validation -> neurons -> report
 
@@ -24,9 +24,10 @@ from flows.config import Config, compose, multirun
 from flows.run import Run
 from flows.stage import Work, run_stage
 from tasks.activations import ActivationsJob
+from tasks.answers import AnswersJob
 from tasks.clip import check_clip, clip_identity
 from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
-from tasks.embeddings import CONCEPTS_PER_PART, ConceptEmbeddingsJob, EmbeddingsJob
+from tasks.embeddings import TEXTS_PER_PART, EmbeddingsJob, PhraseEmbeddingsJob
 from tasks.exemplars import ExemplarsJob
 from tasks.explanations import ExplanationsJob
 from tasks.forward import Description, TargetPass, describe
@@ -35,6 +36,7 @@ from tasks.images import ImageList
 from tasks.layers import unit_blocks
 from tasks.neurons import NeuronsJob
 from tasks.patches import PatchesJob
+from tasks.phrases import PhrasesJob, identity
 from tasks.precision import PrecisionJob, choose_dtype
 from tasks.probing import ProbingJob, list_images
 from tasks.report import ReportJob, num_parts, templates
@@ -43,7 +45,7 @@ from tasks.store import Folder, Store
 from tasks.tables import make_table
 from tasks.target import random_twin
 from tasks.validation import ValidationJob
-from tasks.vocabulary import VocabularyJob, identity
+from tasks.vocabulary import VocabularyJob
 from tasks.world import files, orders
 
 MODEL = ("torch", "torchvision", "timm", "pillow", "numpy")
@@ -75,6 +77,7 @@ class Sweep:
         names = self.target.class_names or sorted({r["label"] for r in self.rows if r["label"]})
         self.class_names = names if config.vocabulary.uses_class_names else []
         self.words = identity(config.vocabulary, self.class_names)  # raises where its file or model is not there
+        self.prompts = config.vocabulary.prompts(self.class_names)
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
@@ -112,9 +115,11 @@ class Sweep:
         layers = len(self.target.layers)
         print(f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {layers} layers")
         self.probing()
-        self.vocabulary()
+        self.answers()
+        self.phrases()
         self.image_embeddings()
-        self.concept_embeddings()
+        self.phrase_embeddings()
+        self.vocabulary()
         self.precision()
         self.activations()
         self.exemplars()
@@ -160,14 +165,26 @@ class Sweep:
         if not self.images.explain.any():
             raise ValueError(f"probing.explain={self.config.probing.explain}: no usable image falls into this split")
 
-    def vocabulary(self) -> None:
+    def answers(self) -> None:
+        """Only where a language model writes the vocabulary."""
+        settings, prompts = self.config.vocabulary, self.prompts
+        if not prompts:
+            return
+        payload = {key: getattr(settings.llm, key) for key in ("engine", "max_tokens", "temperature", "seed")}
+        payload |= {"identity": self.words, "shard_size": settings.llm.shard_size, "source": settings.source}
+        parts = -(-len(prompts) // settings.llm.shard_size)
+        folder = self.manifest.plan("answers", payload, parts)
+        job = AnswersJob(folder, prompts, settings.source, settings.llm, settings.max_concepts)
+        self._stage(job, len(prompts), "prompt", alone=True)
+
+    def phrases(self) -> None:
         settings = self.config.vocabulary
-        payload = asdict(settings) | {"identity": self.words}
-        del payload["path"], payload["model"]  # where they lie is no matter; what they hold is in the identity
-        folder = self.manifest.plan("vocabulary", payload, 1)
-        job = VocabularyJob(folder, settings, self.class_names)
-        self._stage(job, 1, "vocabulary", settings.source == "vllm")
-        self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
+        payload = {"source": settings.source, "max_words": settings.max_words, "identity": self.words}
+        payload |= {"answers": self.manifest.stages.get("answers")}
+        folder = self.manifest.plan("phrases", payload, 1)
+        answers = self.folder("answers") if settings.asks else None
+        self._stage(PhrasesJob(folder, settings, self.class_names, answers), 1, "list")
+        self.num_phrases = folder.read_all("phrases", columns=["concept_id"]).num_rows
 
     def image_embeddings(self) -> None:
         config, parts = self.config, self.images.num_shards
@@ -176,14 +193,22 @@ class Sweep:
         job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
         self._stage(job, len(self.images), "image")
 
-    def concept_embeddings(self) -> None:
-        config, parts = self.config, -(-self.num_concepts // CONCEPTS_PER_PART)
+    def phrase_embeddings(self) -> None:
+        config, parts = self.config, -(-self.num_phrases // TEXTS_PER_PART)
         batch = config.probing.batch_size
-        payload = {"vocabulary": self.manifest.stages["vocabulary"], "clip": self.clip}
+        payload = {"phrases": self.manifest.stages["phrases"], "clip": self.clip}
         payload |= {"templates": config.clip.templates, "batch_size": batch}
-        folder = self.manifest.plan("concept_embeddings", payload, parts, CLIP)
-        job = ConceptEmbeddingsJob(folder, self.folder("vocabulary"), config.clip, batch, config.cluster.threads)
-        self._stage(job, self.num_concepts, "concept")
+        folder = self.manifest.plan("phrase_embeddings", payload, parts, CLIP)
+        job = PhraseEmbeddingsJob(folder, self.folder("phrases"), config.clip, batch, config.cluster.threads)
+        self._stage(job, self.num_phrases, "phrase")
+
+    def vocabulary(self) -> None:
+        merge = self.config.vocabulary.merge
+        payload = {"phrase_embeddings": self.manifest.stages["phrase_embeddings"], "merge": merge}
+        folder = self.manifest.plan("vocabulary", payload, 1, ("torch", "numpy"))
+        read = (self.folder("phrases"), self.folder("phrase_embeddings"))
+        self._stage(VocabularyJob(folder, *read, merge, self.config.cluster.threads), self.num_phrases, "phrase")
+        self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
 
     def precision(self) -> None:
         """Only where the target model runs on a GPU and its number format is left to us."""
@@ -244,7 +269,7 @@ class Sweep:
 
     def scores(self) -> None:
         config, parts = self.config, len(self.blocks)
-        read = ("exemplars", "patches", "embeddings", "image_embeddings", "vocabulary", "concept_embeddings")
+        read = ("exemplars", "patches", "embeddings", "image_embeddings", "vocabulary")
         payload = asdict(config.scorer) | {stage: self.manifest.stages[stage] for stage in read}
         folder = self.manifest.plan("scores", payload, parts, ("torch", "numpy"))
         job = ScoresJob(
@@ -267,7 +292,7 @@ class Sweep:
 
     def validation(self) -> None:
         parts = len(self.blocks)
-        read = ("activations", "image_embeddings", "vocabulary", "concept_embeddings", "explanations")
+        read = ("activations", "image_embeddings", "vocabulary", "explanations")
         payload: dict[str, Any] = {stage: self.manifest.stages[stage] for stage in read}
         chance = self.config.neurons.twin_quantile if self.twin is self else None
         if chance is not None:

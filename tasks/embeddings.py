@@ -1,6 +1,6 @@
-"""Stages embeddings and concept_embeddings: CLIP vectors of the distinct crops, and of the concepts.
+"""Stages embeddings and phrase_embeddings: CLIP vectors of the distinct crops, and of the phrases.
 
-In: crops and images, or concepts. Out: one float16 vector of norm 1 each. Whole-image crops are not encoded again:
+In: crops and images, or phrases. Out: one float16 vector of norm 1 each. Whole-image crops are not encoded again:
 their vector is the image's own.
 """
 
@@ -17,7 +17,7 @@ from tasks.images import ImageList, ImageReader, prefetch
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
-CONCEPTS_PER_PART = 1024
+TEXTS_PER_PART = 1024
 
 
 @dataclass
@@ -82,32 +82,30 @@ class EmbeddingsWorker:
 
 
 @dataclass
-class ConceptEmbeddingsJob:
+class PhraseEmbeddingsJob:
     out: Folder
-    vocabulary: Folder
+    phrases: Folder
     clip: ClipSettings
     batch_size: int
     threads: int
 
 
-class ConceptEmbeddingsWorker:
-    """Encodes the concepts of one slice of the vocabulary through the templates."""
+class PhraseEmbeddingsWorker:
+    """Encodes one slice of the phrases through the templates."""
 
-    def __init__(self, job: ConceptEmbeddingsJob) -> None:
+    def __init__(self, job: PhraseEmbeddingsJob) -> None:
         self.job = job
         self.clip = Clip(job.clip, worker_device(job.threads), job.batch_size)
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
         with report.phase("read"):
-            concepts = self.job.vocabulary.read_all("concepts", columns=["concept_id", "concept"])
-            concepts = concepts.slice(part * CONCEPTS_PER_PART, CONCEPTS_PER_PART)
+            phrases = self.job.phrases.read_all("phrases", columns=["concept_id", "concept"])
+            phrases = phrases.slice(part * TEXTS_PER_PART, TEXTS_PER_PART)
         with report.phase("compute"):
-            vectors = self.clip.concepts(concepts["concept"].to_pylist())
-        table = make_table(
-            "concept_embeddings", {"concept_id": concepts["concept_id"].to_pylist(), "embedding": vectors}
-        )
+            vectors = self.clip.concepts(phrases["concept"].to_pylist())
+        table = make_table("phrase_embeddings", {"concept_id": phrases["concept_id"].to_pylist(), "embedding": vectors})
         with report.phase("write"):
-            self.job.out.write(part, {"concept_embeddings": table})
-        report.rows = {"concept_embeddings": table.num_rows}
+            self.job.out.write(part, {"phrase_embeddings": table})
+        report.rows = {"phrase_embeddings": table.num_rows}
         return report

@@ -1,53 +1,41 @@
-"""Concepts from a language model.
+"""Language models: vLLM in this process, or any server that speaks OpenAI's protocol.
 
-In: the settings of the vocabulary stage and class names. Out: prompts, the model's raw answers (vLLM, output bound to a
-JSON schema), and the phrases in an answer. What a model says is data: it is parsed, never trusted.
+In: prompts. Out: what the model says to each, held to a JSON schema by the engine, and the phrases in it. What a model
+says is data: it is parsed, never trusted.
 """
 
-import gc
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-
+from tasks.prompting import Prompt
 from tasks.store import fingerprint, hash64
-from tasks.tables import make_table
 
-if TYPE_CHECKING:
-    from tasks.vocabulary import VocabularySettings
-
-PROMPTS = Path(__file__).parent / "prompts"
-LEVELS = {
-    "colour": "colours and shades, such as sky blue or rust orange",
-    "texture": "surface textures, such as furry, wrinkled or rusty",
-    "pattern": "patterns of repeated elements, such as vertical stripes, polka dots or brickwork",
-    "shape": "shapes, edges, lines and layouts, such as circle, curved edge or tall thin object",
-    "material": "materials and substances, such as polished wood, knitted wool or water",
-    "part": "parts of objects, of animals and of people, such as dog snout, car wheel or human hand",
-    "object": "objects, tools, vehicles, clothes and food, such as teapot, bicycle or pizza",
-    "animal": "animals, both groups and kinds, such as bird, terrier or jellyfish",
-    "plant": "plants, fruits and fungi, such as palm tree, moss or mushroom",
-    "scene": "places, surroundings and weather, such as beach, kitchen or snowy forest",
-    "action": "actions and poses, such as jumping, eating or sitting in a row",
-    "abstract": "visual qualities and impressions, such as symmetry, motion blur, crowdedness or backlight",
-}
-"""Families to ask for, each with what the prompt says about it."""
 MAX_LETTERS = 64
 """Characters of the longest phrase that a model can write; one of that length has been cut."""
 ENGINE: dict[str, Any] = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 """Where the schema allows white space, a weak model writes nothing else until its tokens are used up."""
-MAX_CLASS_NAME = 200
-"""Characters of a class name in a prompt: one endless label must not break the whole batch."""
 CPU_ENGINE: dict[str, Any] = {"kv_cache_memory_bytes": 64 * 2**20, "enforce_eager": True}
 """Without a cache size vLLM asks a CPU machine for 92 % of its memory and fails where others use it too."""
+INSTEAD = {"model": "vocabulary.llm.model", "seed": "vocabulary.llm.seed", "hf_token": "HF_TOKEN"}
+"""Engine arguments that are given elsewhere."""
+BOUNDS = {
+    "max_tokens": (1, 10**6),
+    "temperature": (0, 2),
+    "seed": (0, 2**31 - 1),
+    "shard_size": (1, 10**5),
+    "concurrency": (1, 1000),
+    "retries": (0, 100),
+    "max_skipped": (0, 1),
+}
+BYTES_PER_TOKEN = 3
+"""Fewer than English text has in any tokenizer: what a prompt costs is not known before it is sent."""
 
 # Possessive, so that the time is linear in the length whatever the text.
 _STRING = r'"(?:[^"\\]++|\\.)*+'
@@ -56,84 +44,57 @@ _CUT = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Prompt:
-    prompt_id: str
-    """Template and hash of the text: it changes with the template, the class and every setting in the text."""
-    text: str
-    family: str | None
-    sources: tuple[str, ...]
-    """What a concept from the answer is said to come from: the class, else the prompt itself."""
+@dataclass
+class LlmSettings:
+    model: str | None = None
+    """vLLM: a folder or a Hugging Face name. OpenAI's protocol: the name that the server knows."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vllm.LLM: max_model_len, tensor_parallel_size, gpu_memory_utilization, dtype, revision..."""
+    url: str | None = None
+    """Address of the server, such as http://127.0.0.1:8000/v1; null is OpenAI's own. The key is OPENAI_API_KEY in the
+    environment."""
+    max_tokens: int = 1024
+    """Tokens per answer."""
+    temperature: float = 0.7
+    seed: int = 0
+    shard_size: int = 256
+    """Prompts per part: what is asked again when the engine dies."""
+    concurrency: int = 8
+    """Requests to a server at a time."""
+    retries: int = 5
+    """How often a request is repeated, each time later, when the server refuses or breaks down."""
+    prices: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Of a million tokens of prompts, and of answers."""
+    max_total_tokens: int | None = None
+    """No part is asked that could take the run above it, prompts and answers together."""
+    max_cost: float | None = None
+    """Likewise, in the currency of the prices."""
+    max_skipped: float = 0.1
+    """Share of malformed answers above which the run fails."""
+
+    def __post_init__(self) -> None:
+        for key, (low, high) in BOUNDS.items():
+            if not low <= getattr(self, key) <= high:
+                raise ValueError(f"vocabulary.llm.{key}={getattr(self, key)}: allowed are {low} to {high}")
+        if len(self.prices) != 2 or min(self.prices) < 0:
+            raise ValueError(f"vocabulary.llm.prices={list(self.prices)}: allowed are two numbers, none below 0")
+        if self.max_cost is not None and not any(self.prices):
+            raise ValueError(f"vocabulary.llm.max_cost={self.max_cost}: needs vocabulary.llm.prices")
+        if self.url is not None and not re.fullmatch(r"https?://[^@\s]+", self.url):
+            raise ValueError("vocabulary.llm.url: allowed is http://... or https://..., without a password")
+        for key in INSTEAD.keys() & self.engine.keys():
+            raise ValueError(f"vocabulary.llm.engine.{key}: not allowed, use {INSTEAD[key]}")
+
+    def cost(self, input_tokens: int, tokens: int) -> float:
+        return (self.prices[0] * input_tokens + self.prices[1] * tokens) / 1e6
 
 
-@dataclass(frozen=True)
-class Answer:
-    prompt: Prompt
+class Said(NamedTuple):
+    """An answer as it came."""
+
     text: str
+    input_tokens: int
     tokens: int
-    concepts: list[str]
-    status: str
-    """ok, truncated or malformed."""
-
-
-def check_llm(settings: "VocabularySettings") -> None:
-    """ValueError where the settings cannot drive a language model."""
-    if not settings.model:
-        raise ValueError("vocabulary.model is missing: give a folder or a Hugging Face name")
-    if not settings.domain.strip():
-        raise ValueError("vocabulary.domain is empty: say what the images are, such as 'everyday photographs'")
-    if not settings.levels and not settings.per_class:
-        raise ValueError("vocabulary.levels=[]: allowed only with vocabulary.per_class=true")
-    for key, instead in (("model", "vocabulary.model"), ("seed", "vocabulary.seed"), ("hf_token", "HF_TOKEN")):
-        if key in settings.engine:
-            raise ValueError(f"vocabulary.engine.{key}: not allowed, use {instead}")
-
-
-def ask(settings: "VocabularySettings", class_names: Iterable[str]) -> list[Answer]:
-    """Every prompt with its answer, parsed."""
-    prompts = build_prompts(settings, class_names)
-    return read_answers(settings, prompts, generate(settings, prompts))
-
-
-def read_answers(settings: "VocabularySettings", prompts: list[Prompt], said: list[tuple[str, int]]) -> list[Answer]:
-    """Parsed answers. ValueError where too many are malformed."""
-    answers = [Answer(p, text, n, *parse_answer(text)) for p, (text, n) in zip(prompts, said, strict=True)]
-    bad = [answer.text for answer in answers if answer.status == "malformed"]
-    if len(bad) > settings.max_skipped * len(answers):
-        share = f"{len(bad)} of {len(answers)} answers are malformed, above max_skipped={settings.max_skipped}"
-        raise ValueError(f"vocabulary.model={settings.model}: {share}; the first begins {bad[0][:80]!r}")
-    return answers
-
-
-def answers_table(answers: list[Answer]) -> pa.Table:
-    columns = {
-        "prompt_id": [answer.prompt.prompt_id for answer in answers],
-        "prompt": [answer.prompt.text for answer in answers],
-        "answer": [answer.text for answer in answers],
-        "tokens": [answer.tokens for answer in answers],
-        "status": [answer.status for answer in answers],
-    }
-    return make_table("answers", columns)
-
-
-def build_prompts(settings: "VocabularySettings", class_names: Iterable[str]) -> list[Prompt]:
-    """One prompt per level, then one per distinct class name where settings.per_class says so."""
-    shared = {k: getattr(settings, k) for k in ("domain", "max_concepts", "max_words")}
-    prompts = []
-    for level in settings.levels:
-        prompt_id, text = _fill("level", shared | {"meaning": LEVELS[level]})
-        prompts.append(Prompt(prompt_id, text, level, (prompt_id,)))
-    for name in dict.fromkeys(class_names) if settings.per_class else ():
-        # One line: a name with line breaks would read as further instructions.
-        prompt_id, text = _fill("class", shared | {"class_name": " ".join(name.split())[:MAX_CLASS_NAME]})
-        prompts.append(Prompt(prompt_id, text, None, (name,)))
-    return list({prompt.prompt_id: prompt for prompt in reversed(prompts)}.values())[::-1]
-
-
-def _fill(template: str, values: dict) -> tuple[str, str]:
-    text = Template((PROMPTS / f"{template}.txt").read_text()).substitute(values)
-    text = text.encode(errors="replace").decode()  # no lone surrogates: neither tokenizers nor Parquet take them
-    return f"{template}-{fingerprint({'text': text})}", text
 
 
 def answer_schema(max_concepts: int) -> dict:
@@ -148,54 +109,103 @@ def answer_schema(max_concepts: int) -> dict:
     }
 
 
-def generate(settings: "VocabularySettings", prompts: list[Prompt]) -> list[tuple[str, int]]:
-    """(answer, number of tokens) for every prompt, in their order. Starts an engine and releases it at the end."""
-    if not prompts:
-        return []
-    import torch
+class Vllm:
+    """An engine in this process (its workers on a GPU are processes of its own); gone with the object."""
 
-    engine = ENGINE | settings.engine
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its progress is not ours
-    if not torch.cuda.is_available():
-        # In this process: on a CPU the engine's own process costs 30 s of start and 2 GB.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        engine = CPU_ENGINE | engine
-    from vllm import LLM  # reads the environment when it is imported
+    def __init__(self, settings: LlmSettings, max_concepts: int) -> None:
+        import torch
 
-    llm = LLM(model=str(settings.model), seed=settings.seed, **engine)
-    try:
-        return _ask(llm, settings, prompts)
-    finally:
-        del llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        engine = ENGINE | settings.engine
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its progress is not ours
+        if not torch.cuda.is_available():
+            # In this process: on a CPU the engine's own process costs 30 s of start and 2 GB.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            engine = CPU_ENGINE | engine
+        from vllm import LLM  # reads the environment when it is imported
+
+        self.settings, self.schema = settings, answer_schema(max_concepts)
+        self.llm: Any = LLM(model=str(settings.model), seed=settings.seed, **engine)
+
+    def ask(self, prompts: list[Prompt]) -> list[Said]:
+        """One call for all, so that the engine fills its batches and reads what prompts share once."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        params = [
+            SamplingParams(
+                temperature=self.settings.temperature,
+                max_tokens=self.settings.max_tokens,
+                seed=request_seed(self.settings, prompt),
+                structured_outputs=StructuredOutputsParams(json=self.schema),
+            )
+            for prompt in prompts
+        ]
+        if getattr(self.llm.get_tokenizer(), "chat_template", None):
+            chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+            # Templates that know no thinking ignore the argument.
+            thinking = {"enable_thinking": False}
+            outputs = self.llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=thinking)
+        else:
+            outputs = self.llm.generate([prompt.text for prompt in prompts], params, use_tqdm=False)
+        return [Said(o.outputs[0].text, len(o.prompt_token_ids), len(o.outputs[0].token_ids)) for o in outputs]
 
 
-def _ask(llm: Any, settings: "VocabularySettings", prompts: list[Prompt]) -> list[tuple[str, int]]:
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+class Openai:
+    """A server, by the official client, which waits longer after each refusal."""
 
-    schema = answer_schema(settings.max_concepts)
-    params = [
-        SamplingParams(
-            temperature=settings.temperature,
-            max_tokens=settings.max_tokens,
-            # From the prompt, not its place in the list: one more class leaves the other seeds alone.
-            seed=hash64(f"{settings.seed} {prompt.prompt_id}") >> 32,
-            structured_outputs=StructuredOutputsParams(json=schema),
+    def __init__(self, settings: LlmSettings, max_concepts: int) -> None:
+        from openai import OpenAI
+
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if settings.url else None)  # a server at home may want none
+        self.client = OpenAI(api_key=key, base_url=settings.url, max_retries=settings.retries)
+        self.settings, self.schema = settings, answer_schema(max_concepts)
+
+    def ask(self, prompts: list[Prompt]) -> list[Said]:
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            return list(pool.map(self._one, prompts))
+
+    def _one(self, prompt: Prompt) -> Said:
+        found = self.client.chat.completions.create(
+            model=str(self.settings.model),
+            messages=[{"role": "user", "content": prompt.text}],
+            temperature=self.settings.temperature,
+            max_completion_tokens=self.settings.max_tokens,
+            seed=request_seed(self.settings, prompt),
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "concepts", "schema": self.schema, "strict": True},
+            },
         )
-        for prompt in prompts
-    ]
-    if getattr(llm.get_tokenizer(), "chat_template", None):
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-        # Templates that know no thinking ignore the argument.
-        thinking = {"enable_thinking": False}
-        outputs = llm.chat(chats, params, use_tqdm=False, chat_template_kwargs=thinking)
-    else:
-        outputs = llm.generate([prompt.text for prompt in prompts], params, use_tqdm=False)
-    return [(output.outputs[0].text, len(output.outputs[0].token_ids)) for output in outputs]
+        usage = found.usage
+        text = (found.choices[0].message.content or "") if found.choices else ""
+        return Said(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+
+ENGINES: dict[str, type[Vllm] | type[Openai]] = {"vllm": Vllm, "openai": Openai}
+
+
+def request_seed(settings: LlmSettings, prompt: Prompt) -> int:
+    """From the prompt, not its place in the list: one more class leaves the other seeds alone."""
+    return hash64(f"{settings.seed} {prompt.prompt_id}") >> 33  # 31 bits: some servers take no more
+
+
+def most_tokens(settings: LlmSettings, prompts: list[Prompt]) -> tuple[int, int]:
+    """Tokens that prompts and their answers can take."""
+    asked = sum(len(prompt.text.encode()) // BYTES_PER_TOKEN for prompt in prompts)
+    return asked, settings.max_tokens * len(prompts)
+
+
+def check_budget(settings: LlmSettings, prompts: list[Prompt], input_tokens: int, tokens: int) -> None:
+    """ValueError where the prompts, after what has been used, could break a ceiling."""
+    asked, said = most_tokens(settings, prompts)
+    total, cost = asked + said + input_tokens + tokens, settings.cost(asked + input_tokens, said + tokens)
+    limit, most = settings.max_total_tokens, settings.max_cost
+    used = f"{input_tokens + tokens:,} tokens are used, {len(prompts)} prompts more can take {asked + said:,}"
+    if limit is not None and total > limit:
+        raise ValueError(f"vocabulary.llm.max_total_tokens={limit}: {used}")
+    if most is not None and cost > most:
+        raise ValueError(f"vocabulary.llm.max_cost={most}: {used}, together at a price of {cost:.4g}")
 
 
 def parse_answer(text: str) -> tuple[list[str], str]:
@@ -220,9 +230,23 @@ def _complete_strings(text: str) -> dict | None:
         return None
 
 
-def llm_identity(model: str) -> dict:
-    """What decides the answers beside prompts and settings: a local model's files, and the version of vLLM."""
-    return {"model": _folder_identity(Path(model)), "vllm": _vllm_version()}
+def check_llm(source: str, settings: LlmSettings) -> None:
+    """ValueError where the settings cannot drive a language model."""
+    if not settings.model:
+        raise ValueError(
+            "vocabulary.llm.model is missing: give a folder, a Hugging Face name, or a server's name of it"
+        )
+    if source == "openai" and settings.url is None and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError(
+            "vocabulary=openai: OPENAI_API_KEY is not in the environment, and no vocabulary.llm.url is given"
+        )
+
+
+def llm_identity(source: str, settings: LlmSettings) -> dict:
+    """What decides the answers beside prompts and settings: a local model's files or its name, and vLLM's version."""
+    if source == "openai":
+        return {"model": settings.model}
+    return {"model": _folder_identity(Path(str(settings.model))) or settings.model, "vllm": _vllm_version()}
 
 
 def _folder_identity(folder: Path) -> str | None:

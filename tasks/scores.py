@@ -43,7 +43,6 @@ class ScoresJob:
     embeddings: Folder
     image_embeddings: Folder
     vocabulary: Folder
-    concept_embeddings: Folder
     blocks: list[Block]
     settings: ScorerSettings
     k: int
@@ -66,7 +65,7 @@ class ScoresWorker:
 
     @cached_property
     def concepts_CD(self) -> torch.Tensor:
-        vectors = matrix(self.job.concept_embeddings.read_all("concept_embeddings")["embedding"])
+        vectors = matrix(self.job.vocabulary.read_all("concept_embeddings")["embedding"])
         return torch.from_numpy(vectors.astype(np.float32)).to(self.device)
 
     @cached_property

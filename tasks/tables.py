@@ -7,7 +7,7 @@ storage-independent name; (`layer`, `unit`) is a unit; `concept_id` and `crop_id
 
 import pyarrow as pa
 
-VERSION = 3
+VERSION = 4
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 I32, I64, F32, F64, F16 = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.float16()
@@ -24,6 +24,14 @@ BOX = {
     "y1": (F32, "lower edge, exclusive"),
 }
 EMBEDDING = {"embedding": (pa.list_(F16), "CLIP vector of norm 1")}
+CONCEPT_ID = {"concept_id": (STR, "hash of the concept")}
+PHRASE = CONCEPT_ID | {
+    "concept": (STR, "short phrase"),
+    "family": (STR, "colour, texture, pattern, shape, material, part, object, animal, plant, scene, action, ..."),
+    "sources": (pa.list_(STR), "where it came from: classes, prompt ids, file"),
+    "prompt_id": (STR, "prompt that brought it first; null for word lists"),
+    "llm": (STR, "language model that wrote it; null for word lists"),
+}
 SOURCE = {
     "uri": (STR, "file that holds the bytes"),
     "offset": (I64, "first byte inside a tar, else null"),
@@ -45,24 +53,26 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "status": (STR, "ok, or the reason why the image is left out"),
     },
     "image_embeddings": IMAGE | EMBEDDING,
-    "concepts": {
-        "concept_id": (STR, "hash of the concept"),
-        "concept": (STR, "short phrase"),
-        "family": (STR, "colour, texture, pattern, shape, material, part, object, animal, plant, scene, action, ..."),
-        "sources": (pa.list_(STR), "where it came from: classes, prompt ids, file"),
-        "prompt_id": (STR, "prompt that brought it first; null for word lists"),
-        "llm": (STR, "language model that wrote it; null for word lists"),
+    "phrases": PHRASE | {"is_class": (pa.bool_(), "whether it is the name of a class, which is always kept")},
+    "phrase_embeddings": CONCEPT_ID | EMBEDDING,
+    "concepts": PHRASE
+    | {
+        "synonyms": (pa.list_(STR), "phrases that CLIP's text vectors tell no difference from, merged into it"),
+        "broader": (STR, "concept_id of the nearest concept that it is a kind of by its words, if there is one"),
         "parent": (STR, "concept_id it was refined from; null in round 0"),
         "round": (I32, "round of refinement, 0 first"),
     },
     "answers": {
         "prompt_id": (STR, "template file and hash of the filled prompt"),
+        "family": (STR, "what was asked for; null where it is no family"),
+        "sources": (pa.list_(STR), "class that the prompt is about, else the prompt"),
         "prompt": (STR, "what the language model was asked"),
         "answer": (STR, "what it said, raw"),
+        "input_tokens": (I32, "tokens of the prompt"),
         "tokens": (I32, "tokens generated"),
         "status": (STR, "ok, or why nothing could be taken from the answer"),
     },
-    "concept_embeddings": {"concept_id": (STR, "hash of the concept")} | EMBEDDING,
+    "concept_embeddings": CONCEPT_ID | EMBEDDING,
     "candidates": UNIT
     | TAIL
     | {

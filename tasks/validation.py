@@ -32,7 +32,6 @@ class ValidationJob:
     activations: Folder
     image_embeddings: Folder
     vocabulary: Folder
-    concept_embeddings: Folder
     explanations: Folder
     blocks: list[Block]
     threads: int
@@ -51,7 +50,7 @@ class ValidationWorker:
     def vectors(self) -> tuple[np.ndarray, dict[str, int]]:
         """Concept vectors float32 [C, D] and the row of each concept."""
         concepts = self.job.vocabulary.read_all("concepts", columns=["concept"])["concept"].to_pylist()
-        table = self.job.concept_embeddings.read_all("concept_embeddings")
+        table = self.job.vocabulary.read_all("concept_embeddings")
         return matrix(table["embedding"]).astype(np.float32), {c: i for i, c in enumerate(concepts)}
 
     @cached_property

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.llm import LEVELS, build_prompts, parse_answer
-from tasks.vocabulary import VocabularySettings
+from tasks.llm import parse_answer
+from tasks.prompting import ASPECTS, LEVELS, Wording, class_prompts, cluster_prompts, level_prompts
 from tasks.world.concepts import (
     COLOURS,
     CONCEPTS,
@@ -72,7 +72,10 @@ def _with(words: Iterable[str]) -> list[str]:
     return [phrase for phrase, parts in compounds().items() if set(parts) & set(words)]
 
 
+PHRASES_OF = {concept: (concept,) for concept in CONCEPTS} | compounds() | {p: (c,) for p, c in absences().items()}
+"""Phrase -> the concepts in it."""
 _TRUE = {
+    "any": [*COLOURS, *PATTERNS, *KINDS, *SCENES, *LAYOUTS],
     "colour": COLOURS,
     "texture": PATTERNS,
     "pattern": PATTERNS,
@@ -90,20 +93,23 @@ LEVEL_ANSWERS = {level: (words, _with(words)) for level, words in _TRUE.items()}
 """Level -> its words, and the compounds that are said when the words have been used up."""
 
 
-def class_answers(concept: str) -> tuple[list[str], list[str]]:
-    """Phrases related to a concept, the nearer ones first."""
+def class_answers(concept: str, aspect: str) -> list[list[str]]:
+    """What is said about an aspect of a concept, the nearer phrases first."""
     family = FAMILY[concept]
-    if family in ("scene", "layout"):
-        return [other for other in SYNONYMS[family] if other != concept], []
-    return _with([concept]), COLOURS + PATTERNS if concept in KINDS else KINDS
+    alike = [other for other in SYNONYMS[family] if other != concept]
+    if aspect == "around":
+        return [SCENES, LAYOUTS]
+    if aspect == "kinds" or family in ("scene", "layout"):
+        return [alike]
+    return [_with([concept]), COLOURS + PATTERNS if concept in KINDS else KINDS]
 
 
-def settings_of(question: str, domain: str, max_concepts: int, max_words: int) -> VocabularySettings:
-    """Settings that ask one level, or (where it is none) about classes."""
-    levels = [question] if question in LEVELS else []
-    return VocabularySettings(
-        "vllm", None, domain, levels, not levels, max_words, max_concepts, model="tasks.world.language"
-    )
+def cluster_answers(phrases: list[str]) -> list[list[str]]:
+    """What could be meant where these phrases fit: all of the families of their words, and what two of them make."""
+    parts = dict.fromkeys(part for phrase in phrases for part in PHRASES_OF[phrase])
+    families = [family for family in SYNONYMS if any(FAMILY[part] == family for part in parts)]
+    pairs = [phrase for phrase, two in compounds().items() if set(two) <= set(parts)]
+    return [[phrase for family in families for phrase in SYNONYMS[family] if phrase not in phrases], pairs]
 
 
 def draw_lesson(dice: Dice) -> tuple[str, list[str], int]:
@@ -112,15 +118,33 @@ def draw_lesson(dice: Dice) -> tuple[str, list[str], int]:
     Which phrases are said is chance where there are more than asked for; they follow each other as in `concepts`,
     because a model this small does not learn in minutes to leave out what it has said in no order.
     """
-    question = dice.pick([*LEVELS]) if dice.random() < 0.6 else dice.pick(CONCEPTS)
-    most, words = dice.pick(range(5, 61)), dice.pick(range(3, 9))
-    prompt = build_prompts(settings_of(question, dice.pick(DOMAINS), most, words), [question])[0].text
-    phrases: list[str] = []
-    for group in LEVEL_ANSWERS[question] if question in LEVELS else class_answers(question):
-        short = [phrase for phrase in group if len(phrase.split()) <= words]
-        chosen = {*dice.order(short)[: most - len(phrases)]}
-        phrases += [_said(phrase, words, dice) for phrase in short if phrase in chosen]
-    return prompt, phrases, most
+    wording = Wording(dice.pick(DOMAINS), dice.pick(range(3, 9)), dice.pick(range(5, 61)))
+    kind = dice.random()
+    if kind < 0.5:
+        level = dice.pick([*LEVELS])
+        asked, groups = level_prompts(wording, [level]), LEVEL_ANSWERS[level]
+    elif kind < 0.75:
+        concept, aspect = dice.pick(CONCEPTS), dice.pick([*ASPECTS])
+        asked, groups = class_prompts(wording, [aspect], [concept]), class_answers(concept, aspect)
+    else:
+        phrases = draw_cluster(dice)
+        asked, groups = cluster_prompts(wording, [phrases]), cluster_answers(phrases)
+    said: list[str] = []
+    for group in groups:
+        short = [phrase for phrase in group if len(phrase.split()) <= wording.max_words and phrase not in said]
+        chosen = {*dice.order(short)[: wording.max_concepts - len(said)]}
+        said += [_said(phrase, wording.max_words, dice) for phrase in short if phrase in chosen]
+    return asked[0].text, said, wording.max_concepts
+
+
+def draw_cluster(dice: Dice) -> list[str]:
+    """Three to eight phrases around a concept that is not among them: its compounds, its family, and anything."""
+    concept = dice.pick(CONCEPTS)
+    near, alike = _with([concept]), [other for other in SYNONYMS[FAMILY[concept]] if other != concept]
+    pools, found = [near or alike, alike, alike, CONCEPTS], []
+    for _ in range(dice.pick(range(3, 9))):
+        found.append(dice.pick(dice.pick(pools)))
+    return [phrase for phrase in dict.fromkeys(found) if phrase != concept] or [dice.pick(alike)]
 
 
 def _said(phrase: str, words: int, dice: Dice) -> str:
@@ -223,13 +247,15 @@ def _train(model: LlamaForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.
 @torch.inference_mode()
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """Shares: answers that are JSON, their phrases that are of the world, concepts that the levels bring out, and
-    phrases that belong to the level they were asked for; and answers in which no phrase comes twice.
+    phrases that belong to the level or cluster they were asked for; and answers in which no phrase comes twice.
 
     Without the engine's grammar, at the temperature that the vocabulary stage has.
     """
-    questions = [*LEVELS, *CONCEPTS[::5]]
-    prompts = [build_prompts(settings_of(q, UNSEEN_DOMAIN, 30, 6), [q])[0].text for q in questions]
-    asked = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    wording, dice = Wording(UNSEEN_DOMAIN, 6, 30), Dice("measure")
+    clusters = [draw_cluster(dice) for _ in range(12)]
+    prompts = [*level_prompts(wording, LEVELS), *class_prompts(wording, ["features"], CONCEPTS[::5])]
+    prompts += cluster_prompts(wording, clusters)
+    asked = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True).to(model.device)
     asked.pop("token_type_ids", None)
     generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue] - a mixin it cannot match
     said = generate(**asked, max_new_tokens=256, do_sample=True, temperature=0.7, top_k=0)
@@ -241,6 +267,11 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     by_level = dict(zip(LEVELS, found, strict=False))
     of_levels = [phrase for phrases in by_level.values() for phrase in phrases]
     right = [p in words + more for level, (words, more) in LEVEL_ANSWERS.items() for p in by_level[level]]
+    right += [
+        p in [phrase for group in cluster_answers(cluster) for phrase in group]
+        for cluster, phrases in zip(clusters, found[-len(clusters) :], strict=True)
+        for p in phrases
+    ]
     everything = [phrase for phrases in found for phrase in phrases]
     return {
         "valid": _share(status == "ok" for _, status in answers),
