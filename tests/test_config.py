@@ -20,7 +20,7 @@ NEEDS = {
     "target": ["target.name=x"],
     "clip": ["clip.name=x"],
     "store": ["store.root=s3://bucket"],
-    "vocabulary": ["vocabulary.model=x"],
+    "vocabulary": ["vocabulary.llm.model=x", "vocabulary.llm.url=http://127.0.0.1:1/v1"],
 }
 
 

@@ -100,7 +100,7 @@ def test_runs_share_common_stages(drawn, reference, tmp_path):
     sweep(drawn, tmp_path, "cluster=none", f"vocabulary.path={words}", "run=second")
     folders = {stage: len(list((tmp_path / stage).iterdir())) for stage in STAGES}
     assert {stage for stage, n in folders.items() if n == 2} == {
-        "vocabulary", "concept_embeddings", "scores", "explanations", "validation", "neurons", "report",
+        "phrases", "phrase_embeddings", "vocabulary", "scores", "explanations", "validation", "neurons", "report",
     }  # fmt: skip
     sweep(drawn, tmp_path, "cluster=none", "patches.k=3")
     run = load_run(compose(["probing.uri=x", f"store.root={tmp_path}"]).store, "drawn")
@@ -227,7 +227,7 @@ def test_part_that_always_fails_is_reported(drawn, tmp_path):
 
 
 def run_until_activations(flow):
-    for stage in ("probing", "vocabulary", "image_embeddings", "concept_embeddings", "precision"):
+    for stage in ("probing", "phrases", "image_embeddings", "phrase_embeddings", "vocabulary", "precision"):
         getattr(flow, stage)()
 
 

@@ -17,7 +17,7 @@ from tasks.target import TargetSettings, load_target
 from tasks.validation import read_pooled
 from tests import samples
 
-SHARED = {"listing", "probing", "vocabulary", "image_embeddings", "concept_embeddings"}
+SHARED = {"listing", "probing", "phrases", "phrase_embeddings", "vocabulary", "image_embeddings"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_bar_is_what_chance_reaches_with_the_same_name(reference):
     """Every bar by a slow look at the twin's pooled activations and names."""
     run, twin = runs(reference)
     concepts = run.folder("vocabulary").read_all("concepts")["concept"].to_pylist()
-    texts = matrix(run.folder("concept_embeddings").read_all("concept_embeddings")["embedding"]).astype(np.float64)
+    texts = matrix(run.folder("vocabulary").read_all("concept_embeddings")["embedding"]).astype(np.float64)
     vectors = matrix(run.folder("image_embeddings").read_all("image_embeddings")["embedding"]).astype(np.float64)
     images = run.folder("probing").read_all("images")
     validate = np.flatnonzero((images["split"].to_numpy() == "validate") & (images["status"].to_numpy() == "ok"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.llm import LEVELS, MAX_LETTERS, answer_schema, parse_answer
+from tasks.llm import MAX_LETTERS, answer_schema, parse_answer
+from tasks.prompting import ASPECTS, LEVELS
 from tasks.world.concepts import CONCEPTS, Dice, absences, compounds, synonyms
 from tasks.world.language import (
     CONTEXT,
@@ -20,6 +21,8 @@ from tasks.world.language import (
     answer_text,
     build_tokenizer,
     class_answers,
+    cluster_answers,
+    draw_cluster,
     draw_lesson,
     train_language,
 )
@@ -62,7 +65,8 @@ def test_answers_obey_the_schema_and_the_prompt(lessons):
 
 def test_lessons_ask_everything(lessons):
     prompts = " ".join(prompt for prompt, _, _ in lessons)
-    assert all(meaning in prompts for meaning in LEVELS.values())
+    assert all(meaning in prompts for meaning in (*LEVELS.values(), *ASPECTS.values()))
+    assert "Phrases so far: " in prompts
     assert all(f"cut-outs of {domain}." in prompts for domain in DOMAINS)
     assert UNSEEN_DOMAIN not in prompts
     said = [phrase for _, phrases, _ in lessons for phrase in phrases]
@@ -76,9 +80,23 @@ def test_what_is_right():
     assert set(CONCEPTS) <= {phrase for words, _ in LEVEL_ANSWERS.values() for phrase in words}
     assert LEVEL_ANSWERS["animal"][0] == ["fish"]
     assert "red fish" in LEVEL_ANSWERS["animal"][1]
-    assert "red circle" in class_answers("red")[0]
-    assert "circle with polka dots" in class_answers("circle")[0]
-    assert class_answers("sea")[0] == ["meadow", "desert", "snow", "night sky", "sunset", "forest", "city"]
+    assert "red circle" in class_answers("red", "features")[0]
+    assert "circle with polka dots" in class_answers("circle", "features")[0]
+    assert class_answers("sea", "kinds")[0] == ["meadow", "desert", "snow", "night sky", "sunset", "forest", "city"]
+    assert "sea" in class_answers("circle", "around")[0]
+    alone, pairs = cluster_answers(["circle", "red square", "nothing blue"])
+    assert {"red", "blue", "ring", "square"} <= set(alone)
+    assert "circle" not in alone
+    assert "sea" not in alone
+    assert {"red circle", "blue square"} <= set(pairs)
+
+
+def test_clusters_leave_out_what_is_meant():
+    dice = Dice("clusters")
+    for _ in range(200):
+        phrases = draw_cluster(dice)
+        assert 0 < len(phrases) == len(set(phrases)) <= 8
+        assert set(phrases) <= WORDS
 
 
 def test_tokens_of_a_lesson(tokenizer, lessons):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.vocabulary import clean, read_concepts
+from tasks.cleaning import clean
+from tasks.words import read_concepts
 from tasks.world.concepts import COLOURS, CONCEPTS, LAYOUTS, NUMBER, PLAIN, compounds, held_out, lexicon, lexicon_text
 from tasks.world.drawing import draw
 from tasks.world.scenes import SIZE, sample
