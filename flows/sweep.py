@@ -170,11 +170,10 @@ class Sweep:
         settings, prompts = self.config.vocabulary, self.prompts
         if not prompts:
             return
-        payload = {key: getattr(settings.llm, key) for key in ("engine", "max_tokens", "temperature", "seed")}
-        payload |= {"identity": self.words, "shard_size": settings.llm.shard_size, "source": settings.source}
+        payload = {"identity": self.words, "shard_size": settings.llm.shard_size}
         parts = -(-len(prompts) // settings.llm.shard_size)
         folder = self.manifest.plan("answers", payload, parts)
-        job = AnswersJob(folder, prompts, settings.source, settings.llm, settings.max_concepts)
+        job = AnswersJob(folder, prompts, settings.llm, settings.max_concepts)
         self._stage(job, len(prompts), "prompt", alone=True)
 
     def phrases(self) -> None:

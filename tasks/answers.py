@@ -17,8 +17,6 @@ from tasks.tables import make_table
 class AnswersJob:
     out: Folder
     prompts: list[Prompt]
-    source: str
-    """vllm or openai."""
     settings: LlmSettings
     max_concepts: int
     """Phrases per answer."""
@@ -32,7 +30,7 @@ class AnswersWorker:
 
     @cached_property
     def engine(self) -> Vllm | Openai:
-        return ENGINES[self.job.source](self.job.settings, self.job.max_concepts)
+        return ENGINES[self.job.settings.protocol](self.job.settings, self.job.max_concepts)
 
     def run(self, part: int) -> PartReport:
         report, job = PartReport(part), self.job

@@ -46,8 +46,10 @@ _CUT = re.compile(
 
 @dataclass
 class LlmSettings:
+    protocol: str = "vllm"
+    """vllm (an engine in a worker of ours) or openai (any server that speaks OpenAI's protocol)."""
     model: str | None = None
-    """vLLM: a folder or a Hugging Face name. OpenAI's protocol: the name that the server knows."""
+    """vllm: a folder or a Hugging Face name. openai: the name that the server knows."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vllm.LLM: max_model_len, tensor_parallel_size, gpu_memory_utilization, dtype, revision..."""
     url: str | None = None
@@ -73,6 +75,8 @@ class LlmSettings:
     """Share of malformed answers above which the run fails."""
 
     def __post_init__(self) -> None:
+        if self.protocol not in ENGINES:
+            raise ValueError(f"vocabulary.llm.protocol={self.protocol}: allowed are {', '.join(ENGINES)}")
         for key, (low, high) in BOUNDS.items():
             if not low <= getattr(self, key) <= high:
                 raise ValueError(f"vocabulary.llm.{key}={getattr(self, key)}: allowed are {low} to {high}")
@@ -230,23 +234,23 @@ def _complete_strings(text: str) -> dict | None:
         return None
 
 
-def check_llm(source: str, settings: LlmSettings) -> None:
+def check_llm(settings: LlmSettings) -> None:
     """ValueError where the settings cannot drive a language model."""
     if not settings.model:
         raise ValueError(
             "vocabulary.llm.model is missing: give a folder, a Hugging Face name, or a server's name of it"
         )
-    if source == "openai" and settings.url is None and not os.environ.get("OPENAI_API_KEY"):
-        raise ValueError(
-            "vocabulary=openai: OPENAI_API_KEY is not in the environment, and no vocabulary.llm.url is given"
-        )
+    if settings.protocol == "openai" and settings.url is None and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError("OPENAI_API_KEY is not in the environment, and vocabulary.llm.url names no other server")
 
 
-def llm_identity(source: str, settings: LlmSettings) -> dict:
-    """What decides the answers beside prompts and settings: a local model's files or its name, and vLLM's version."""
-    if source == "openai":
-        return {"model": settings.model}
-    return {"model": _folder_identity(Path(str(settings.model))) or settings.model, "vllm": _vllm_version()}
+def llm_identity(settings: LlmSettings) -> dict:
+    """What decides the answers beside the prompts: a local model's files or its name, vLLM's version, settings."""
+    found = {key: getattr(settings, key) for key in ("protocol", "max_tokens", "temperature", "seed")}
+    if settings.protocol == "openai":
+        return found | {"model": settings.model}
+    found |= {"engine": settings.engine}
+    return found | {"model": _folder_identity(Path(str(settings.model))) or settings.model, "vllm": _vllm_version()}
 
 
 def _folder_identity(folder: Path) -> str | None:

@@ -18,15 +18,14 @@ from tasks.store import Folder, PartReport, fingerprint
 from tasks.tables import make_table
 from tasks.words import Raw, read_concepts
 
-SOURCES = ("lexicon", "class_names", "vllm", "openai")
+SOURCES = ("lexicon", "class_names", "llm")
 BOUNDS = {"max_words": (1, 12), "max_concepts": (1, 1000), "merge": (0, 1)}
 
 
 @dataclass
 class VocabularySettings:
     source: str = "lexicon"
-    """lexicon (a word list), class_names (of the target model or the probing data set), or a language model: vllm (in a
-    worker of ours) or openai (any server that speaks OpenAI's protocol)."""
+    """lexicon (a word list), class_names (of the target model or the probing data set) or llm (a language model)."""
     path: str | None = None
     """Word list of source lexicon, local or any fsspec URI: text with one concept per line ('[family]' lines start a
     family), JSON list, JSON {class: [descriptors]}, or Parquet with a column concept. None is the shipped lexicon."""
@@ -58,7 +57,7 @@ class VocabularySettings:
             if not low <= getattr(self, key) <= high:
                 raise ValueError(f"vocabulary.{key}={getattr(self, key)}: allowed are {low} to {high}")
         if self.asks:
-            check_llm(self.source, self.llm)
+            check_llm(self.llm)
             if not self.domain.strip():
                 raise ValueError("vocabulary.domain is empty: say what the images are, such as 'everyday photographs'")
             if not self.levels and not self.aspects:
@@ -67,7 +66,7 @@ class VocabularySettings:
     @property
     def asks(self) -> bool:
         """Whether a language model writes the vocabulary."""
-        return self.source in ("vllm", "openai")
+        return self.source == "llm"
 
     @property
     def uses_class_names(self) -> bool:
@@ -106,7 +105,7 @@ def identity(settings: VocabularySettings, class_names: Iterable[str] = ()) -> d
         found["class_names"] = fingerprint({"names": names})
     if settings.asks:
         found["prompts"] = fingerprint({"ids": [p.prompt_id for p in settings.prompts(names)]})
-        found |= llm_identity(settings.source, settings.llm)
+        found |= llm_identity(settings.llm)
     return found
 
 

@@ -178,6 +178,7 @@ def test_long_answers_take_linear_time(text):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"protocol": "telnet"}, r"vocabulary\.llm\.protocol=telnet: allowed are vllm, openai"),
         ({"max_tokens": 0}, r"vocabulary\.llm\.max_tokens=0: allowed"),
         ({"temperature": float("nan")}, r"vocabulary\.llm\.temperature=nan: allowed are 0 to 2"),
         ({"seed": -1}, r"vocabulary\.llm\.seed=-1: allowed"),
@@ -198,23 +199,23 @@ def test_impossible_settings(wrong, message):
 
 def test_a_server_far_away_wants_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    check_llm("openai", LlmSettings("m", url="http://127.0.0.1:1/v1"))
+    check_llm(LlmSettings("openai", "m", url="http://127.0.0.1:1/v1"))
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not in the environment"):
-        check_llm("openai", LlmSettings("m"))
+        check_llm(LlmSettings("openai", "m"))
 
 
 def test_another_model_is_another_identity(tmp_path):
-    assert llm_identity("vllm", LlmSettings("a/b")) != llm_identity("vllm", LlmSettings("a/c"))
+    assert llm_identity(LlmSettings(model="a/b")) != llm_identity(LlmSettings(model="a/c"))
     for name in ("one", "two"):
         shutil.copytree(LLM, tmp_path / name)
-    one, two = (LlmSettings(str(tmp_path / name)) for name in ("one", "two"))
-    assert llm_identity("vllm", one) == llm_identity("vllm", two), "where it lies is no matter"
+    one, two = (LlmSettings(model=str(tmp_path / name)) for name in ("one", "two"))
+    assert llm_identity(one) == llm_identity(two), "where it lies is no matter"
     (tmp_path / "two" / "config.json").write_text("{}")
-    assert llm_identity("vllm", one) != llm_identity("vllm", two)
+    assert llm_identity(one) != llm_identity(two)
 
 
 def test_ceilings():
-    settings = LlmSettings("m", max_tokens=100, max_total_tokens=10**4, prices=[1.0, 2.0])
+    settings = LlmSettings(max_tokens=100, max_total_tokens=10**4, prices=[1.0, 2.0])
     asked = sum(len(prompt.text.encode()) // 3 for prompt in PROMPTS)
     most = asked + 100 * len(PROMPTS)
     check_budget(settings, PROMPTS, 0, 10**4 - most)
@@ -226,9 +227,9 @@ def test_ceilings():
         check_budget(settings, PROMPTS, 3, 5)
 
 
-def work(folder: Path, source: str, settings: LlmSettings, worker: str = "tasks.answers:AnswersWorker") -> Work:
+def work(folder: Path, settings: LlmSettings, worker: str = "tasks.answers:AnswersWorker") -> Work:
     out = Folder(StoreSettings(str(folder)), "answers", "f", ("answers",))
-    job = AnswersJob(out, PROMPTS, source, settings, WORDING.max_concepts)
+    job = AnswersJob(out, PROMPTS, settings, WORDING.max_concepts)
     return Work(
         out, worker, pickle.loads(pickle.dumps(job)), -(-len(PROMPTS) // settings.shard_size), len(PROMPTS), "p"
     )
@@ -292,7 +293,7 @@ def test_hostile_answers_of_a_server_that_refuses_at_first(tmp_path, monkeypatch
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     handler, url = scripted
     handler.said = HOSTILE
-    todo = work(tmp_path, "openai", LlmSettings("m", url=url, shard_size=100, concurrency=3, temperature=0.2))
+    todo = work(tmp_path, LlmSettings("openai", "m", url=url, shard_size=100, concurrency=3, temperature=0.2))
     todo.job.prompts = class_prompts(WORDING, ["parts"], HOSTILE)
     report = AnswersWorker(todo.job).run(0)
     rows = todo.folder.read("answers", 0).to_pylist()
@@ -317,13 +318,15 @@ def test_hostile_answers_of_a_server_that_refuses_at_first(tmp_path, monkeypatch
 def test_a_ceiling_stops_the_stage_and_loses_nothing(tmp_path, scripted):
     handler, url = scripted
     most = sum(most_tokens(LlmSettings(max_tokens=50), PROMPTS[2:4]))
-    settings = LlmSettings("m", url=url, shard_size=2, max_tokens=50, max_total_tokens=most)  # not after part 0
+    settings = LlmSettings(
+        "openai", "m", url=url, shard_size=2, max_tokens=50, max_total_tokens=most
+    )  # not after part 0
     with pytest.raises(StageFailed, match=rf"max_total_tokens={most}: \d+ tokens are used, 2 prompts more can take"):
-        run_stage(work(tmp_path, "openai", settings), HERE)
-    done = work(tmp_path, "openai", settings).folder.done()
+        run_stage(work(tmp_path, settings), HERE)
+    done = work(tmp_path, settings).folder.done()
     assert done  # one of the first two, and the last, which is small
     assert len(handler.seen) - 2 == sum(min(2, len(PROMPTS) - 2 * part) for part in done), "nothing more was asked"
-    assert run_stage(work(tmp_path, "openai", replace(settings, max_total_tokens=None)), HERE)
+    assert run_stage(work(tmp_path, replace(settings, max_total_tokens=None)), HERE)
     assert len(handler.seen) - 2 == len(PROMPTS), "nothing was asked twice"
 
 
@@ -347,23 +350,25 @@ def test_a_real_server(tmp_path, monkeypatch):
     command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--served-model-name", "world"]
     command += ["--chat-template", str(tmp_path / "template.jinja"), "--no-enable-chunked-prefill"]
     environment = os.environ | ENVIRONMENT | {"VLLM_API_KEY": "a-key", "VLLM_NO_USAGE_STATS": "1"}
-    settings = LlmSettings("world", url=f"http://127.0.0.1:{port}/v1", shard_size=3, max_tokens=256, retries=0)
+    settings = LlmSettings(
+        "openai", "world", url=f"http://127.0.0.1:{port}/v1", shard_size=3, max_tokens=256, retries=0
+    )
     monkeypatch.setenv("OPENAI_API_KEY", "another-key")
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
         with pytest.raises(StageFailed, match="AuthenticationError"):
-            run_stage(work(tmp_path, "openai", settings), HERE)
+            run_stage(work(tmp_path, settings), HERE)
         monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-        assert run_stage(work(tmp_path, "openai", settings), HERE)
+        assert run_stage(work(tmp_path, settings), HERE)
     finally:
         os.killpg(server.pid, 9)
         server.wait()
-    check_answers(work(tmp_path, "openai", settings).folder)
+    check_answers(work(tmp_path, settings).folder)
     with pytest.raises(StageFailed, match="APIConnectionError"):
-        run_stage(work(tmp_path / "later", "openai", settings), HERE)
-    assert not run_stage(work(tmp_path, "openai", settings), HERE), "no server is needed for what has been asked"
+        run_stage(work(tmp_path / "later", settings), HERE)
+    assert not run_stage(work(tmp_path, settings), HERE), "no server is needed for what has been asked"
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
@@ -406,7 +411,7 @@ from tests.test_answers import HERE, vllm, work
 if __name__ == "__main__":
     for run in sys.argv[1:]:
         folder, model, worker = run.split("|")
-        run_stage(work(folder, "vllm", vllm(model), worker), HERE)
+        run_stage(work(folder, vllm(model), worker), HERE)
 """
 
 
@@ -431,7 +436,7 @@ def test_a_real_engine_that_dies_asks_nothing_twice(tmp_path):
     real, dying = "tasks.answers:AnswersWorker", "tests.test_answers:DyingWorker"
     runs = [f"{tmp_path / 'a'}|{LLM}|{real}", f"{tmp_path / 'chat'}|{tmp_path / 'chatty'}|{real}"]
     assert run_engine(*runs, f"{tmp_path / 'b'}|{LLM}|{dying}") == 9
-    whole, again, chat = (work(tmp_path / name, "vllm", vllm(str(LLM))).folder for name in ("a", "b", "chat"))
+    whole, again, chat = (work(tmp_path / name, vllm(str(LLM))).folder for name in ("a", "b", "chat"))
     assert (whole.done(), again.done()) == ({0, 1}, {0})
     (first,) = (tmp_path / "b").rglob("part-00000.parquet")
     before = first.stat().st_mtime_ns

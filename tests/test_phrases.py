@@ -24,7 +24,7 @@ from tasks.tables import make_table
 from tasks.words import LEXICON, Raw, read_concepts
 
 ROOT = Path(__file__).parents[1]
-LLM = VocabularySettings(source="vllm", aspects=["features"], llm=LlmSettings(model="some/model"))
+LLM = VocabularySettings(source="llm", aspects=["features"], llm=LlmSettings(model="some/model"))
 
 # Words that are likely to touch a rule, beside any characters at all.
 pieces = st.sampled_from(
@@ -350,7 +350,7 @@ def test_every_class_name_with_a_word_survives(name):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"source": "gpt"}, r"vocabulary\.source=gpt: allowed are lexicon, class_names, vllm, openai"),
+        ({"source": "gpt"}, r"vocabulary\.source=gpt: allowed are lexicon, class_names, llm"),
         ({"source": "class_names", "path": "a.txt"}, r"vocabulary\.path=a\.txt: allowed .*source=lexicon"),
         ({"path": " "}, r"vocabulary\.path= "),
         ({"levels": ["colour", "mood"]}, r"vocabulary\.levels=.*allowed are, once each, any, colour, texture"),
@@ -359,10 +359,9 @@ def test_every_class_name_with_a_word_survives(name):
         ({"max_concepts": 0}, r"vocabulary\.max_concepts=0: allowed"),
         ({"merge": -1}, r"vocabulary\.merge=-1: allowed are 0 to 1"),
         ({"aspects": ["mood"]}, r"vocabulary\.aspects=.*allowed are, once each, features, parts, kinds, around"),
-        ({"source": "vllm"}, r"vocabulary\.llm\.model is missing"),
-        ({"source": "openai"}, r"vocabulary\.llm\.model is missing"),
-        ({"source": "vllm", "llm": LlmSettings("m"), "levels": []}, r"vocabulary\.levels=\[\]: allowed only"),
-        ({"source": "vllm", "llm": LlmSettings("m"), "domain": ""}, r"vocabulary\.domain is empty"),
+        ({"source": "llm"}, r"vocabulary\.llm\.model is missing"),
+        ({"source": "llm", "llm": LlmSettings(model="m"), "levels": []}, r"vocabulary\.levels=\[\]: allowed only"),
+        ({"source": "llm", "llm": LlmSettings(model="m"), "domain": ""}, r"vocabulary\.domain is empty"),
     ],
 )
 def test_impossible_settings(wrong, message):
@@ -377,7 +376,7 @@ def test_configuration_files(name, monkeypatch):
     merged = OmegaConf.merge(OmegaConf.structured(VocabularySettings), OmegaConf.load(path))
     found = OmegaConf.to_object(merged)
     assert isinstance(found, VocabularySettings)
-    assert found.source == name
+    assert (found.llm.protocol if found.asks else found.source) == name
     assert path.read_text().startswith("# axonym sweep vocabulary=" + name)
 
 
@@ -386,7 +385,7 @@ def test_identity_changes_with_what_the_settings_name(tmp_path):
     words.write_text("dog\ncat\n")
     model.mkdir()
     (model / "config.json").write_text("{}")
-    lists, llm = VocabularySettings(path=str(words)), replace(LLM, llm=LlmSettings(str(model)))
+    lists, llm = VocabularySettings(path=str(words)), replace(LLM, llm=LlmSettings(model=str(model)))
     first = [identity(lists), identity(llm, ["hen"]), identity(VocabularySettings(source="class_names"), ["hen"])]
     assert first[0] == identity(lists, ["ignored"])
     assert len({json.dumps(found) for found in first}) == 3
@@ -434,7 +433,7 @@ def answers_folder(path: Path, said: list[str]) -> Folder:
 
 def test_worker_reads_answers(tmp_path):
     said = ['{"concepts":["red comb","Beak","a beak"]}', '{"concepts":["beak","<b>", "the sm', "I cannot help"]
-    made = worker(tmp_path, replace(LLM, llm=LlmSettings("some/model", max_skipped=0.5)), ("hen",))
+    made = worker(tmp_path, replace(LLM, llm=LlmSettings(model="some/model", max_skipped=0.5)), ("hen",))
     made.job.answers = answers_folder(tmp_path, said)
     assert made.run(0).skipped == {"duplicate": 2, "markup or path": 1}
     rows = {row["concept"]: row for row in made.job.out.read("phrases", 0).to_pylist()}
