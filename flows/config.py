@@ -18,8 +18,10 @@ import tasks.world
 from flows.stage import ClusterSettings
 from tasks.activations import ActivationsSettings
 from tasks.clip import ClipSettings
+from tasks.clusters import RefineSettings
 from tasks.drawn import DrawnSettings
 from tasks.layers import LayersSettings
+from tasks.llm import check_llm
 from tasks.neurons import NeuronsSettings
 from tasks.patches import PatchesSettings
 from tasks.phrases import VocabularySettings
@@ -55,6 +57,7 @@ class Config:
     clip: ClipSettings = field(default_factory=ClipSettings)
     activations: ActivationsSettings = field(default_factory=ActivationsSettings)
     patches: PatchesSettings = field(default_factory=PatchesSettings)
+    refine: RefineSettings = field(default_factory=RefineSettings)
     scorer: ScorerSettings = field(default_factory=ScorerSettings)
     neurons: NeuronsSettings = field(default_factory=NeuronsSettings)
     drawn: DrawnSettings = field(default_factory=DrawnSettings)
@@ -67,6 +70,8 @@ class Config:
             raise ValueError(f"unit_block={self.unit_block}: must be at least 1")
         if self.patches.k > self.activations.k:
             raise ValueError(f"patches.k={self.patches.k}: must be at most activations.k={self.activations.k}")
+        if self.refine.rounds:
+            check_llm(self.vocabulary.llm)
         if self.run is None:
             self.run = self._name()
         if not re.fullmatch(r"[\w.+-]+", self.run) or self.run.startswith("."):

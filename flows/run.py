@@ -16,9 +16,9 @@ from tasks.tables import VERSION
 TABLES = {
     "listing": ("listing",),
     "probing": ("images",),
-    "image_embeddings": ("image_embeddings",),
     "answers": ("answers",),
     "phrases": ("phrases",),
+    "image_embeddings": ("image_embeddings",),
     "phrase_embeddings": ("phrase_embeddings",),
     "vocabulary": ("concepts", "concept_embeddings"),
     "precision": ("precision",),
@@ -28,6 +28,7 @@ TABLES = {
     "embeddings": ("embeddings",),
     "scores": ("scores",),
     "explanations": ("explanations",),
+    "clusters": ("clusters",),
     "validation": ("validation", "chance"),
     "neurons": ("neurons",),
     "drawn": ("drawn",),
@@ -45,7 +46,7 @@ class Run:
     store: StoreSettings
     config: dict[str, Any]
     stages: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each stage that has been planned, in order."""
+    """Fingerprint of each stage that has been planned, in order; later rounds of a stage are stage/1, stage/2, ..."""
     parts: dict[str, int] = field(default_factory=dict)
     """Number of parts of each stage."""
     changes: dict[str, str] = field(default_factory=dict)
@@ -60,28 +61,39 @@ class Run:
         """The manifest as it was before this process wrote to it."""
         return Store(self.store).get_json(self.path) or {"stages": {}}
 
-    def folder(self, stage: str) -> Folder:
-        return Folder(self.store, stage, self.stages[stage], TABLES[stage])
+    def folder(self, key: str) -> Folder:
+        """Of a stage, or of one of its rounds ('scores/2')."""
+        stage = key.partition("/")[0]
+        return Folder(self.store, stage, self.stages[key], TABLES[stage])
 
-    def plan(self, stage: str, payload: dict[str, Any], parts: int, libraries: tuple[str, ...] = ()) -> Folder:
+    def last(self, stage: str) -> str:
+        """Key of the last round of a stage; the stage itself where there is one round only."""
+        return [key for key in self.stages if key.partition("/")[0] == stage][-1]
+
+    def share(self, other: "Run", stages: tuple[str, ...]) -> None:
+        """Take over what another run has of these stages, all rounds of them."""
+        for key in [key for key in other.stages if key.partition("/")[0] in stages]:
+            self.stages[key], self.parts[key] = other.stages[key], other.parts[key]
+
+    def plan(self, key: str, payload: dict[str, Any], parts: int, libraries: tuple[str, ...] = ()) -> Folder:
         """Folder of a stage from everything its numbers depend on; the payload is stored beside the tables.
 
         `libraries` are those whose version changes numbers.
         """
         versions = {name: importlib.metadata.version(name) for name in libraries}
         payload = {"settings": payload, "versions": versions, "tables": VERSION}
-        before = self.previous["stages"].get(stage)
-        self.stages[stage], self.parts[stage] = fingerprint({"stage": stage} | payload), parts
-        folder = self.folder(stage)
+        before, stage = self.previous["stages"].get(key), key.partition("/")[0]
+        self.stages[key], self.parts[key] = fingerprint({"stage": stage} | payload), parts
+        folder = self.folder(key)
         if folder.store.get_json(f"{folder.name}/stage.json") is None:
             folder.store.put_json(f"{folder.name}/stage.json", payload)
-        why = self.previous.get("changes", {}).get(stage)
+        why = self.previous.get("changes", {}).get(key)
         if before not in (None, folder.fingerprint):
             old = folder.store.get_json(f"{stage}/{before}/stage.json") or {}
             why = ", ".join(differences(old, payload))
-            print(f"{stage}: a new folder, because of {why}")
+            print(f"{key}: a new folder, because of {why}")
         if why:
-            self.changes[stage] = why
+            self.changes[key] = why
         return folder
 
     def save(self) -> None:

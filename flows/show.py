@@ -31,7 +31,7 @@ def show(run: Run, layer: str, unit: int) -> str:
     wanted: dict[str, Any] = {"filters": [("layer", "==", layer), ("unit", "==", unit)]}
     neuron = run.folder("neurons").read("neurons", part, **wanted).to_pylist()[0]
     check = run.folder("validation").read("validation", part, **wanted).to_pylist()[0]
-    scores = {row["concept"]: row for row in run.folder("scores").read("scores", part, **wanted).to_pylist()}
+    scores = {row["concept"]: row for row in run.folder(run.last("scores")).read("scores", part, **wanted).to_pylist()}
     lines = [plain(f"{layer}, neuron {unit}: {neuron['phrase'] or 'no name'}"), "", *_verdict(neuron, check)]
     lines += [*_redrawn(run, wanted), ""]
     lines += _concepts(neuron, scores) + _exemplars(run, part, unit)

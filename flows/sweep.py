@@ -10,6 +10,8 @@ Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a st
 skipped, so the same command finishes what an interrupted one began, and runs share the stages they have in common.
 With neurons.twin the same is done with random weights, as a run of its own, <run>-twin: what it reaches is the bar.
 
+With refine.rounds the language model is asked again about units for which there is no good word (stage clusters); then
+answers to explanations run again as stages answers/1, phrases/1, ..., and a unit takes a new name only if it is better.
 Over the drawn world a stage `drawn` follows neurons: each name is tested on fresh scenes with and without what it says.
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
@@ -26,22 +28,25 @@ from flows.stage import Work, run_stage
 from tasks.activations import ActivationsJob
 from tasks.answers import AnswersJob
 from tasks.clip import check_clip, clip_identity
+from tasks.clusters import ClustersJob
 from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
 from tasks.embeddings import TEXTS_PER_PART, EmbeddingsJob, PhraseEmbeddingsJob
 from tasks.exemplars import ExemplarsJob
-from tasks.explanations import ExplanationsJob
+from tasks.explanations import Earlier, ExplanationsJob
 from tasks.forward import Description, TargetPass, describe
 from tasks.image_embeddings import ImageEmbeddingsJob
 from tasks.images import ImageList
 from tasks.layers import unit_blocks
+from tasks.llm import llm_identity
 from tasks.neurons import NeuronsJob
 from tasks.patches import PatchesJob
 from tasks.phrases import PhrasesJob, identity
 from tasks.precision import PrecisionJob, choose_dtype
 from tasks.probing import ProbingJob, list_images
+from tasks.prompting import Prompt, cluster_prompts
 from tasks.report import ReportJob, num_parts, templates
 from tasks.scores import ScoresJob
-from tasks.store import Folder, Store
+from tasks.store import Folder, Store, fingerprint
 from tasks.tables import make_table
 from tasks.target import random_twin
 from tasks.validation import ValidationJob
@@ -49,6 +54,8 @@ from tasks.vocabulary import VocabularyJob
 from tasks.world import files, orders
 
 MODEL = ("torch", "torchvision", "timm", "pillow", "numpy")
+WORDS = ("answers", "phrases", "phrase_embeddings", "vocabulary")
+"""Stages that make the vocabulary."""
 CLIP = ("torch", "open-clip-torch", "transformers", "timm", "pillow", "numpy")
 
 
@@ -61,6 +68,11 @@ def main(arguments: list[str]) -> int:
     for config in configs:
         Sweep(config).run()
     return 0
+
+
+def _round(stage: str, number: int) -> str:
+    """Key of one round of a stage."""
+    return f"{stage}/{number}" if number else stage
 
 
 class Sweep:
@@ -99,7 +111,7 @@ class Sweep:
     def run(self) -> None:
         self.explain()
         if self.twin:
-            self.twin.explain()
+            self.twin.explain(self.manifest)
             self.twin.neurons()
             self.worked |= self.twin.worked
         self.neurons()
@@ -110,16 +122,20 @@ class Sweep:
         print("" if self.worked else "everything was done already; nothing was computed")
         print(f"look at  {store.path(self.folder('report').name)}/index.html")
 
-    def explain(self) -> None:
-        """Every stage up to the validation of the names."""
+    def explain(self, words: Run | None = None) -> None:
+        """Every stage up to the validation of the names; with the vocabulary of another run where one is given."""
         layers = len(self.target.layers)
         print(f"run {self.config.run}: {len(self.rows):,} images, {self.num_units:,} units of {layers} layers")
         self.probing()
-        self.answers()
-        self.phrases()
+        if words is None:
+            self.answers(self.prompts)
+            self.phrases()
         self.image_embeddings()
-        self.phrase_embeddings()
-        self.vocabulary()
+        if words is None:
+            self.phrase_embeddings()
+            self.vocabulary()
+        else:
+            self.manifest.share(words, WORDS)
         self.precision()
         self.activations()
         self.exemplars()
@@ -127,16 +143,45 @@ class Sweep:
         self.embeddings()
         self.scores()
         self.explanations()
+        if words is None:
+            self.refine()
         self.validation()
 
+    def refine(self) -> None:
+        """Rounds of better words, until they are used up or too few units take one."""
+        settings = self.config.refine
+        for number in range(1, settings.rounds + 1):
+            prompts, concepts = self.clusters(number), self.num_concepts
+            if not prompts:
+                return
+            self.answers(prompts, number)
+            self.phrases(number)
+            if not self.num_phrases:
+                return
+            self.phrase_embeddings(number)
+            self.vocabulary(number)
+            if self.num_concepts == concepts:
+                return
+            self.scores(number)
+            self.explanations(number)
+            rounds = self.folder("explanations").read_all("explanations", columns=["round"])["round"].to_pylist()
+            print(f"round {number}: {rounds.count(number):,} units have a better name")
+            if rounds.count(number) < settings.least * self.num_units:
+                return
+
     def folder(self, stage: str) -> Folder:
-        return self.manifest.folder(stage)
+        """Of its last round."""
+        return self.manifest.folder(self.manifest.last(stage))
+
+    def hash(self, stage: str) -> str:
+        """Fingerprint of its last round."""
+        return self.manifest.stages[self.manifest.last(stage)]
 
     def _stage(self, job: Any, items: int, unit: str, alone: bool = False) -> None:
         """Run the worker that stands beside the job's class."""
         self.manifest.save()
         worker = f"{type(job).__module__}:{type(job).__name__.removesuffix('Job')}Worker"
-        work = Work(job.out, worker, job, self.manifest.parts[job.out.stage], items, unit, alone)
+        work = Work(job.out, worker, job, self.manifest.parts[self.manifest.last(job.out.stage)], items, unit, alone)
         self.worked |= run_stage(work, self.config.cluster)
 
     def probing(self) -> None:
@@ -165,24 +210,26 @@ class Sweep:
         if not self.images.explain.any():
             raise ValueError(f"probing.explain={self.config.probing.explain}: no usable image falls into this split")
 
-    def answers(self) -> None:
-        """Only where a language model writes the vocabulary."""
-        settings, prompts = self.config.vocabulary, self.prompts
+    def answers(self, prompts: list[Prompt], number: int = 0) -> None:
+        """Only where a language model is asked."""
+        settings = self.config.vocabulary
         if not prompts:
             return
-        payload = {"identity": self.words, "shard_size": settings.llm.shard_size}
-        parts = -(-len(prompts) // settings.llm.shard_size)
-        folder = self.manifest.plan("answers", payload, parts)
-        job = AnswersJob(folder, prompts, settings.llm, settings.max_concepts)
+        ids = fingerprint({"ids": [prompt.prompt_id for prompt in prompts]})
+        payload = llm_identity(settings.llm) | {"prompts": ids, "shard_size": settings.llm.shard_size}
+        payload |= {"max_concepts": settings.max_concepts}
+        earlier = [self.manifest.folder(key) for key in self.manifest.stages if key.startswith("answers")]
+        folder = self.manifest.plan(_round("answers", number), payload, -(-len(prompts) // settings.llm.shard_size))
+        job = AnswersJob(folder, prompts, settings.llm, settings.max_concepts, earlier)
         self._stage(job, len(prompts), "prompt", alone=True)
 
-    def phrases(self) -> None:
+    def phrases(self, number: int = 0) -> None:
         settings = self.config.vocabulary
         payload = {"source": settings.source, "max_words": settings.max_words, "identity": self.words}
-        payload |= {"answers": self.manifest.stages.get("answers")}
-        folder = self.manifest.plan("phrases", payload, 1)
-        answers = self.folder("answers") if settings.asks else None
-        self._stage(PhrasesJob(folder, settings, self.class_names, answers), 1, "list")
+        payload |= {"answers": self.hash("answers") if settings.asks or number else None, "alone": number > 0}
+        folder = self.manifest.plan(_round("phrases", number), payload, 1)
+        answers = self.folder("answers") if settings.asks or number else None
+        self._stage(PhrasesJob(folder, settings, self.class_names, answers, number > 0), 1, "list")
         self.num_phrases = folder.read_all("phrases", columns=["concept_id"]).num_rows
 
     def image_embeddings(self) -> None:
@@ -192,22 +239,45 @@ class Sweep:
         job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
         self._stage(job, len(self.images), "image")
 
-    def phrase_embeddings(self) -> None:
+    def phrase_embeddings(self, number: int = 0) -> None:
         config, parts = self.config, -(-self.num_phrases // TEXTS_PER_PART)
         batch = config.probing.batch_size
-        payload = {"phrases": self.manifest.stages["phrases"], "clip": self.clip}
+        payload = {"phrases": self.hash("phrases"), "clip": self.clip}
         payload |= {"templates": config.clip.templates, "batch_size": batch}
-        folder = self.manifest.plan("phrase_embeddings", payload, parts, CLIP)
+        folder = self.manifest.plan(_round("phrase_embeddings", number), payload, parts, CLIP)
         job = PhraseEmbeddingsJob(folder, self.folder("phrases"), config.clip, batch, config.cluster.threads)
         self._stage(job, self.num_phrases, "phrase")
 
-    def vocabulary(self) -> None:
+    def vocabulary(self, number: int = 0) -> None:
         merge = self.config.vocabulary.merge
-        payload = {"phrase_embeddings": self.manifest.stages["phrase_embeddings"], "merge": merge}
-        folder = self.manifest.plan("vocabulary", payload, 1, ("torch", "numpy"))
+        payload: dict[str, Any] = {"phrase_embeddings": self.hash("phrase_embeddings"), "merge": merge}
+        before, clusters = (self.folder("vocabulary"), self.folder("clusters")) if number else (None, None)
+        if before and clusters:
+            payload |= {"before": before.fingerprint, "clusters": clusters.fingerprint, "round": number}
+        folder = self.manifest.plan(_round("vocabulary", number), payload, 1, ("torch", "numpy"))
         read = (self.folder("phrases"), self.folder("phrase_embeddings"))
-        self._stage(VocabularyJob(folder, *read, merge, self.config.cluster.threads), self.num_phrases, "phrase")
+        job = VocabularyJob(folder, *read, merge, self.config.cluster.threads, before, clusters, number)
+        self._stage(job, self.num_phrases, "phrase")
         self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
+
+    def clusters(self, number: int) -> list[Prompt]:
+        """What is to be asked about the units that lack a word."""
+        config = self.config
+        read = ("activations", "exemplars", "image_embeddings", "vocabulary", "explanations")
+        settings = {key: getattr(config.refine, key) for key in ("clusters", "sure", "same_name")}
+        payload = settings | asdict(config.vocabulary.wording) | {stage: self.hash(stage) for stage in read}
+        folder = self.manifest.plan(_round("clusters", number), payload, 1, ("torch", "numpy"))
+        job = ClustersJob(
+            folder,
+            self.images,
+            **{stage: self.folder(stage) for stage in read},
+            blocks=self.blocks,
+            settings=config.refine,
+            wording=config.vocabulary.wording,
+            threads=config.cluster.threads,
+        )
+        self._stage(job, self.num_units, "unit")
+        return cluster_prompts(config.vocabulary.wording, folder.read("clusters", 0)["phrases"].to_pylist())
 
     def precision(self) -> None:
         """Only where the target model runs on a GPU and its number format is left to us."""
@@ -240,7 +310,7 @@ class Sweep:
         config, parts = self.config, self.images.num_shards
         payload = self._target_payload() | asdict(config.activations)
         payload |= {"pool": config.layers.pool, "dtype": self.dtype, "pooled_max": config.probing.pooled_max}
-        payload |= {"image_embeddings": self.manifest.stages["image_embeddings"]}
+        payload |= {"image_embeddings": self.hash("image_embeddings")}
         folder = self.manifest.plan("activations", payload, parts, MODEL)
         read = self.folder("image_embeddings")
         job = ActivationsJob(folder, self._target_pass(), read, self.blocks, config.layers.pool, config.activations)
@@ -248,29 +318,29 @@ class Sweep:
 
     def exemplars(self) -> None:
         parts = len(self.blocks)
-        folder = self.manifest.plan("exemplars", {"activations": self.manifest.stages["activations"]}, parts)
+        folder = self.manifest.plan("exemplars", {"activations": self.hash("activations")}, parts)
         job = ExemplarsJob(folder, self.images, self.folder("activations"), self.blocks, self.config.activations.k)
         self._stage(job, self.num_units, "unit")
 
     def patches(self) -> None:
         config, parts = self.config, self.images.num_shards
-        payload = asdict(config.patches) | {"exemplars": self.manifest.stages["exemplars"]}
+        payload = asdict(config.patches) | {"exemplars": self.hash("exemplars")}
         folder = self.manifest.plan("patches", payload, parts, MODEL)
         job = PatchesJob(folder, self._target_pass(), self.folder("exemplars"), self.blocks, config.patches)
         self._stage(job, len(self.images), "image")
 
     def embeddings(self) -> None:
         config, parts = self.config, self.images.num_shards
-        payload = {"patches": self.manifest.stages["patches"], "clip": self.clip}
+        payload = {"patches": self.hash("patches"), "clip": self.clip}
         folder = self.manifest.plan("embeddings", payload, parts, CLIP)
         job = EmbeddingsJob(folder, self.images, self.folder("patches"), config.clip, config.cluster.threads)
         self._stage(job, len(self.images), "image")
 
-    def scores(self) -> None:
+    def scores(self, number: int = 0) -> None:
         config, parts = self.config, len(self.blocks)
         read = ("exemplars", "patches", "embeddings", "image_embeddings", "vocabulary")
-        payload = asdict(config.scorer) | {stage: self.manifest.stages[stage] for stage in read}
-        folder = self.manifest.plan("scores", payload, parts, ("torch", "numpy"))
+        payload = asdict(config.scorer) | {stage: self.hash(stage) for stage in read}
+        folder = self.manifest.plan(_round("scores", number), payload, parts, ("torch", "numpy"))
         job = ScoresJob(
             folder,
             self.images,
@@ -283,16 +353,24 @@ class Sweep:
         )
         self._stage(job, self.num_units, "unit")
 
-    def explanations(self) -> None:
-        parts = len(self.blocks)
-        folder = self.manifest.plan("explanations", {"scores": self.manifest.stages["scores"]}, parts)
-        job = ExplanationsJob(folder, self.folder("scores"), self.folder("exemplars"), self.blocks)
+    def explanations(self, number: int = 0) -> None:
+        config, parts = self.config, len(self.blocks)
+        payload: dict[str, Any] = {"scores": self.hash("scores")}
+        earlier = None
+        if number:
+            before, others = self.folder("explanations"), ("activations", "image_embeddings", "vocabulary")
+            payload |= {stage: self.hash(stage) for stage in ("explanations", *others)} | {"sure": config.refine.sure}
+            folders = {stage: self.folder(stage) for stage in others}
+            earlier = Earlier(before, self.images, **folders, number=number, sure=config.refine.sure)
+        folder = self.manifest.plan(_round("explanations", number), payload, parts, ("torch", "numpy"))
+        read = (self.folder("scores"), self.folder("exemplars"))
+        job = ExplanationsJob(folder, *read, self.blocks, config.cluster.threads, earlier)
         self._stage(job, self.num_units, "unit")
 
     def validation(self) -> None:
         parts = len(self.blocks)
         read = ("activations", "image_embeddings", "vocabulary", "explanations")
-        payload: dict[str, Any] = {stage: self.manifest.stages[stage] for stage in read}
+        payload: dict[str, Any] = {stage: self.hash(stage) for stage in read}
         chance = self.config.neurons.twin_quantile if self.twin is self else None
         if chance is not None:
             payload["chance"] = chance
@@ -304,7 +382,7 @@ class Sweep:
 
     def neurons(self) -> None:
         parts = len(self.blocks)
-        payload = asdict(self.config.neurons) | {"validation": self.manifest.stages["validation"]}
+        payload = asdict(self.config.neurons) | {"validation": self.hash("validation")}
         if self.twin:
             payload["twin"] = self.twin.manifest.stages["validation"]
         else:
@@ -323,7 +401,7 @@ class Sweep:
             return
         phrases = named_phrases(self.folder("neurons"))
         parts = max(1, -(-len(phrases) // PHRASES_PER_PART))
-        payload = asdict(config.drawn) | {"neurons": self.manifest.stages["neurons"]}
+        payload = asdict(config.drawn) | {"neurons": self.hash("neurons")}
         payload |= {"world": [files.VERSION, orders.VERSION]}
         folder = self.manifest.plan("drawn", payload, parts, (*MODEL, "scipy"))
         job = DrawnJob(folder, self._target_pass(), self.folder("neurons"), config.layers.pool, config.drawn)

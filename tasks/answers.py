@@ -4,7 +4,7 @@ In: prompts and the settings of the model. Out: the answers table, one row per p
 is one call with a fixed slice of the prompts, so a finished part is never asked again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from tasks.llm import ENGINES, LlmSettings, Openai, Vllm, check_budget, parse_answer
@@ -20,6 +20,8 @@ class AnswersJob:
     settings: LlmSettings
     max_concepts: int
     """Phrases per answer."""
+    earlier: list[Folder] = field(default_factory=list)
+    """Answers of the run's earlier rounds, which count against its ceilings."""
 
 
 class AnswersWorker:
@@ -60,6 +62,7 @@ class AnswersWorker:
         """Tokens of the parts that are done, by whichever run."""
         if self.job.settings.max_total_tokens is None and self.job.settings.max_cost is None:
             return 0, 0
-        used = [self.job.out.read("answers", part, columns=["input_tokens", "tokens"]) for part in self.job.out.done()]
+        folders = [*self.job.earlier, self.job.out]
+        used = [f.read("answers", p, columns=["input_tokens", "tokens"]) for f in folders for p in f.done()]
         input_tokens, tokens = (sum(sum(t[c].to_pylist()) for t in used) for c in ("input_tokens", "tokens"))
         return input_tokens, tokens

@@ -15,7 +15,7 @@ from tasks.cleaning import class_rows, clean
 from tasks.llm import LlmSettings, check_llm, llm_identity, parse_answer
 from tasks.prompting import ASPECTS, LEVELS, Prompt, Wording, class_prompts, level_prompts
 from tasks.store import Folder, PartReport, fingerprint
-from tasks.tables import make_table
+from tasks.tables import SCHEMAS, make_table
 from tasks.words import Raw, read_concepts
 
 SOURCES = ("lexicon", "class_names", "llm")
@@ -117,6 +117,8 @@ class PhrasesJob:
     """Of the model's outputs, in their order, or of the probing data set."""
     answers: Folder | None = None
     """What the language model said, where one is asked."""
+    alone: bool = False
+    """Take the answers and nothing else: a round of refinement, which may well find nothing new."""
 
 
 class PhrasesWorker:
@@ -128,13 +130,14 @@ class PhrasesWorker:
     def run(self, part: int) -> PartReport:
         report, settings, names = PartReport(part), self.job.settings, self.job.class_names
         with report.phase("read"):
-            raw = read_concepts(settings.path) if settings.source == "lexicon" else []
-            raw += class_rows(names) if settings.uses_class_names else []
+            raw = read_concepts(settings.path) if settings.source == "lexicon" and not self.job.alone else []
+            raw += class_rows(names) if settings.uses_class_names and not self.job.alone else []
             if self.job.answers is not None:
                 raw += answer_rows(self.job.answers.read_all("answers"), settings.llm.max_skipped)
         with report.phase("compute"):
             rows, skipped = clean(raw, settings.max_words)
-        _check_number(rows, skipped, settings)
+        if not self.job.alone:
+            _check_number(rows, skipped, settings)
         table = _phrases_table(rows, settings)
         with report.phase("write"):
             self.job.out.write(part, {"phrases": table})
@@ -152,6 +155,6 @@ def _check_number(rows: list[dict], skipped: Counter, settings: VocabularySettin
 def _phrases_table(rows: list[dict], settings: VocabularySettings) -> pa.Table:
     model = Path(str(settings.llm.model))
     name = model.name if model.is_dir() else settings.llm.model  # where a folder lies is no business of the table
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns = {key: [row[key] for row in rows] for key in SCHEMAS["phrases"].names if key != "llm"}
     columns["llm"] = [None if row["prompt_id"] is None else name for row in rows]
     return make_table("phrases", columns)

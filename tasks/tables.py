@@ -162,6 +162,15 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "weights": (pa.list_(F32), "their weights: lead over the median concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
+        "round": (I32, "round of refinement in which the unit got this explanation"),
+    },
+    "clusters": {
+        "prompt_id": (STR, "prompt about the cluster"),
+        "parent": (STR, "concept_id of the phrase that fits it best so far"),
+        "phrases": (pa.list_(STR), "phrases that fit its units best so far, the best one first"),
+        "layers": (pa.list_(STR), "module path of each of its units"),
+        "units": (pa.list_(I32), "channel of each"),
+        "gap": (F32, "mean of how much better CLIP could follow the units than their names do, select split"),
     },
     "validation": UNIT
     | {

@@ -10,9 +10,8 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import torch
-from scipy.stats import norm
 
+from tasks.correlation import correlations, fisher, product, read_pooled
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
@@ -116,40 +115,8 @@ class ValidationWorker:
         return make_table("chance", columns | {"correlation": _nullable(reached, pa.float32())})
 
 
-def read_pooled(activations: Folder, shard: int, block: int) -> np.ndarray:
-    """float32 [units of the block, stored images of the shard]."""
-    table = activations.read("pooled", shard, group=block)
-    values = matrix(table["activation"], None if len(table["activation"].combine_chunks().flatten()) else 0)
-    return values.astype(np.float32) * table["scale"].to_numpy()[:, None]
-
-
 def _nullable(values: np.ndarray, dtype: pa.DataType) -> pa.Array:
     return pa.array(values, dtype, from_pandas=True)  # NaN becomes null
-
-
-def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
-    """Pearson correlation float64 [U, C] of each row of a with each column of s; NaN where one is constant or N < 4."""
-    if a_UN.shape[1] < 4:
-        return np.full((len(a_UN), s_NC.shape[1]), np.nan)
-    a, s = a_UN.astype(np.float64), s_NC.astype(np.float64)
-    a, s = a - a.mean(1, keepdims=True), s - s.mean(0)
-    norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(s, axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(norms > 0, product(a, s) / norms, np.nan).clip(-1, 1)
-
-
-def product(a_NK: np.ndarray, b_KM: np.ndarray) -> np.ndarray:
-    """Matrix product by torch, whose threads the worker sets; NumPy takes its own from the environment."""
-    return (torch.from_numpy(np.ascontiguousarray(a_NK)) @ torch.from_numpy(np.ascontiguousarray(b_KM))).numpy()
-
-
-def fisher(r: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """95 % interval and one-sided p of no positive correlation: atanh(r) is normal, deviation 1 / sqrt(count - 3)."""
-    if count < 4:
-        unknown = np.full(len(r), np.nan)
-        return unknown, unknown, unknown
-    z, deviation = np.arctanh(r.clip(-0.999999, 0.999999)), 1 / np.sqrt(count - 3)
-    return np.tanh(z - 1.96 * deviation), np.tanh(z + 1.96 * deviation), norm.sf(z / deviation)
 
 
 def best_rival(r_UR: np.ndarray, vectors_URD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Stage vocabulary: the concepts that units are compared with.
 
-In: phrases and their CLIP vectors. Out: concepts, with phrases of one meaning merged and linked to broader ones, and
-their vectors in the same order.
+In: phrases and their CLIP vectors; in later rounds also the concepts before and the clusters that were asked about.
+Out: concepts, with phrases of one meaning merged and linked to broader ones, and their vectors in the same order.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from tasks.cleaning import broader
 from tasks.forward import worker_device
 from tasks.store import Folder, PartReport
-from tasks.tables import make_table, matrix
+from tasks.tables import SCHEMAS, make_table, matrix
 
 BLOCK = 1024
 """Phrases compared with all before them at once."""
@@ -28,6 +28,12 @@ class VocabularyJob:
     merge: float
     """Cosine from which two phrases are one concept."""
     threads: int
+    before: Folder | None = None
+    """The vocabulary of the round before; all of it stays."""
+    clusters: Folder | None = None
+    """What this round's phrases were asked for."""
+    number: int = 0
+    """Of the round."""
 
 
 class VocabularyWorker:
@@ -40,11 +46,10 @@ class VocabularyWorker:
     def run(self, part: int) -> PartReport:
         report, job = PartReport(part), self.job
         with report.phase("read"):
-            phrases = job.phrases.read_all("phrases").combine_chunks()
-            vectors = matrix(job.phrase_embeddings.read_all("phrase_embeddings")["embedding"])
+            rows, vectors = self._rows()
         with report.phase("compute"):
-            into = synonyms(vectors, phrases["is_class"].to_numpy(), job.merge)
-            concepts = merged(phrases, into)
+            into = synonyms(vectors, np.array([row["is_class"] for row in rows], bool), job.merge)
+            concepts = merged(rows, into)
         kept = np.flatnonzero(into == np.arange(len(into)))
         embeddings = {"concept_id": concepts["concept_id"].combine_chunks(), "embedding": vectors[kept]}
         tables = {"concepts": concepts, "concept_embeddings": make_table("concept_embeddings", embeddings)}
@@ -53,6 +58,24 @@ class VocabularyWorker:
         report.rows = {"concepts": len(kept)}
         report.skipped = {"synonym": len(into) - len(kept)} if len(kept) < len(into) else {}
         return report
+
+    def _rows(self) -> tuple[list[dict], np.ndarray]:
+        """All that may be a concept, what must stay first, and its vectors."""
+        job = self.job
+        rows = job.phrases.read_all("phrases").to_pylist()
+        vectors = matrix(job.phrase_embeddings.read_all("phrase_embeddings")["embedding"])
+        clusters = job.clusters.read_all("clusters").to_pylist() if job.clusters else []
+        parents = {row["prompt_id"]: row["parent"] for row in clusters}
+        for row in rows:
+            row |= {"synonyms": [], "parent": parents.get(row["prompt_id"]), "round": job.number}
+        if job.before is None:
+            return rows, vectors
+        old = job.before.read_all("concepts").to_pylist()
+        known = {phrase for row in old for phrase in (row["concept"], *row["synonyms"])}
+        new = [i for i, row in enumerate(rows) if row["concept"] not in known]
+        before = matrix(job.before.read_all("concept_embeddings")["embedding"])
+        rows = [row | {"is_class": True} for row in old] + [rows[i] for i in new]
+        return rows, np.concatenate([before, vectors[new]]) if new else before
 
 
 def synonyms(vectors_ND: np.ndarray, is_class_N: np.ndarray, limit: float) -> np.ndarray:
@@ -74,11 +97,8 @@ def synonyms(vectors_ND: np.ndarray, is_class_N: np.ndarray, limit: float) -> np
     return found
 
 
-def merged(phrases: pa.Table, into_N: np.ndarray) -> pa.Table:
-    """The concepts table, in the order of the phrases; a concept has the sources of all that is merged into it."""
-    rows = phrases.drop_columns(["is_class"]).to_pylist()
-    for row in rows:
-        row |= {"synonyms": [], "parent": None, "round": 0}
+def merged(rows: list[dict], into_N: np.ndarray) -> pa.Table:
+    """The concepts table, in the order of the rows; a concept has the sources of all that is merged into it."""
     for row, into in zip(rows, into_N.tolist(), strict=True):
         if row is not rows[into]:
             rows[into]["synonyms"].append(row["concept"])
@@ -88,4 +108,4 @@ def merged(phrases: pa.Table, into_N: np.ndarray) -> pa.Table:
     for row in kept:
         links = (ids[phrase] for phrase in broader(row["concept"]) if phrase in ids)
         row["broader"] = next((link for link in links if link != row["concept_id"]), None)
-    return make_table("concepts", {column: [row[column] for row in kept] for column in kept[0]})
+    return make_table("concepts", {column: [row[column] for row in kept] for column in SCHEMAS["concepts"].names})

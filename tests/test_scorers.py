@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.correlation import correlations, fisher
 from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
 from tasks.scorers import PMI, SCORERS, Evidence, log_mean_exp, unexplained
 from tasks.tables import make_table
-from tasks.validation import best_rival, correlations, fisher
+from tasks.validation import best_rival
 
 
 def unit_norm(rng, *shape):

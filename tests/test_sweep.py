@@ -20,7 +20,8 @@ from flows.sweep import Sweep
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
-STAGES = [stage for stage in TABLES if stage not in ("precision", "drawn", "world")]  # of a sweep on a CPU, over photos
+OTHERS = ("answers", "clusters", "precision", "drawn", "world")
+STAGES = [stage for stage in TABLES if stage not in OTHERS]  # of a sweep on a CPU, over photos, with a word list
 
 
 @pytest.fixture(scope="module")

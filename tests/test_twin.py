@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from flows.config import compose
 from flows.run import load_run
 from flows.sweep import Sweep
+from tasks.correlation import read_pooled
 from tasks.layers import Block
 from tasks.neurons import NeuronsJob, NeuronsSettings, NeuronsWorker
 from tasks.store import Folder, StoreSettings
 from tasks.tables import SCHEMAS, make_table, matrix
 from tasks.target import TargetSettings, load_target
-from tasks.validation import read_pooled
 from tests import samples
 
 SHARED = {"listing", "probing", "phrases", "phrase_embeddings", "vocabulary", "image_embeddings"}
