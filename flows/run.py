@@ -31,6 +31,7 @@ TABLES = {
     "clusters": ("clusters",),
     "validation": ("validation", "chance"),
     "neurons": ("neurons",),
+    "coverage": ("coverage",),
     "drawn": ("drawn",),
     "report": ("pages",),
     "world": ("measures", "planted"),

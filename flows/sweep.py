@@ -28,7 +28,8 @@ from flows.stage import Work, run_stage
 from tasks.activations import ActivationsJob
 from tasks.answers import AnswersJob
 from tasks.clip import check_clip, clip_identity
-from tasks.clusters import ClustersJob
+from tasks.clusters import ClustersJob, RefineSettings
+from tasks.coverage import CoverageJob
 from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
 from tasks.embeddings import TEXTS_PER_PART, EmbeddingsJob, PhraseEmbeddingsJob
 from tasks.exemplars import ExemplarsJob
@@ -40,7 +41,7 @@ from tasks.layers import unit_blocks
 from tasks.llm import llm_identity
 from tasks.neurons import NeuronsJob
 from tasks.patches import PatchesJob
-from tasks.phrases import PhrasesJob, identity
+from tasks.phrases import PhrasesJob, VocabularySettings, identity
 from tasks.precision import PrecisionJob, choose_dtype
 from tasks.probing import ProbingJob, list_images
 from tasks.prompting import Prompt, cluster_prompts
@@ -94,6 +95,7 @@ class Sweep:
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
         self.twin: Sweep | None = self._twin() if config.neurons.twin else None
+        self.lexicon: Sweep | None = self._against(config.vocabulary.against) if config.vocabulary.against else None
 
     def _twin(self) -> "Sweep":
         """This sweep with random weights, all else the same. Raises ValueError where the target has none."""
@@ -108,6 +110,15 @@ class Sweep:
         twin.twin = twin  # its own bar: what of it is called explained is chance
         return twin
 
+    def _against(self, path: str) -> "Sweep":
+        """This sweep with the names of a word list."""
+        config, other = self.config, copy(self)
+        words = VocabularySettings(path=None if path == "lexicon" else path, merge=config.vocabulary.merge)
+        other.config = replace(config, run=f"{config.run}-lexicon", vocabulary=words, refine=RefineSettings())
+        other.manifest = Run(str(other.config.run), config.store, asdict(other.config))
+        other.words, other.prompts, other.class_names = identity(words), [], []
+        return other
+
     def run(self) -> None:
         self.explain()
         if self.twin:
@@ -115,6 +126,10 @@ class Sweep:
             self.twin.neurons()
             self.worked |= self.twin.worked
         self.neurons()
+        if self.lexicon:
+            self.lexicon.explain()
+            self.worked |= self.lexicon.worked
+        self.coverage()
         self.drawn()
         self.report()
         self.manifest.save()
@@ -392,6 +407,15 @@ class Sweep:
         job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
         if self.twin:
             job.twin, job.twin_names = self.twin.folder("validation"), self.twin.folder("explanations")
+        self._stage(job, self.num_units, "unit")
+
+    def coverage(self) -> None:
+        read = ("neurons", "scores", "explanations", "validation", "vocabulary")
+        payload: dict[str, Any] = {stage: self.hash(stage) for stage in read}
+        payload |= {"against": self.lexicon.hash("validation") if self.lexicon else None}
+        folder = self.manifest.plan("coverage", payload, 1, ("torch", "numpy"))
+        job = CoverageJob(folder, **{stage: self.folder(stage) for stage in read}, threads=self.config.cluster.threads)
+        job.against = self.lexicon.folder("validation") if self.lexicon else None
         self._stage(job, self.num_units, "unit")
 
     def drawn(self) -> None:

@@ -41,6 +41,9 @@ class VocabularySettings:
     max_concepts: int = 60
     """Concepts per prompt."""
     llm: LlmSettings = field(default_factory=LlmSettings)
+    against: str | None = None
+    """Word list whose names the run's are compared with in the coverage report: a path, or lexicon for the shipped one.
+    None for none."""
     merge: float = 0.97
     """Cosine of CLIP's text vectors from which two phrases are one concept."""
 

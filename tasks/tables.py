@@ -205,6 +205,21 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
     },
+    "coverage": {
+        "what": (
+            STR,
+            "above the null, explained, distinct names, confidence, gain, family, hub, never used, prompt, round, "
+            "near-duplicates or near-duplicate",
+        ),
+        "layer": (STR, "module path in the target model; null for all layers"),
+        "name": (STR, "family, concept, prompt id, round or pair of concepts; null where it is about all units"),
+        "value": (
+            F64,
+            "share of the named units; mean confidence, or its gain over another word list; cosine of a pair; "
+            "units won per concept of a prompt or round",
+        ),
+        "units": (I64, "units behind it; for distinct names and near-duplicates, concepts"),
+    },
     "drawn": UNIT
     | {
         "phrase": (STR, "the name; units without one have no row"),

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGE_MODULES = (
     "probing", "answers", "phrases", "vocabulary", "image_embeddings", "embeddings", "activations", "precision",
-    "exemplars", "patches", "scores", "explanations", "validation", "neurons", "drawn", "report",
+    "exemplars", "patches", "scores", "clusters", "coverage", "explanations", "validation", "neurons", "drawn", "report",
 )  # fmt: skip
 FORBIDDEN = {
     "flows": {"torch", "open_clip", "vllm", "timm", "torchvision"},
