@@ -442,7 +442,7 @@ class Sweep:
             "scorer": config.scorer.name,
         }
         payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
-        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn")}
+        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn", "coverage")}
         folder = self.manifest.plan("report", payload, parts)
         folders = {stage: self.folder(stage) for stage in ("neurons", "scores", "exemplars", "patches", "validation")}
         job = ReportJob(
@@ -455,6 +455,7 @@ class Sweep:
             run=str(config.run),
             facts=facts,
             drawn=self.folder("drawn") if "drawn" in self.manifest.stages else None,
+            coverage=self.folder("coverage"),
         )
         self._stage(job, parts, "page")
 

@@ -33,6 +33,8 @@ STATUSES = {
     "special_token_only": "The neuron is active on the model's own tokens (CLS, registers), hardly on the image.",
 }
 """Every status of the neurons table, in the order of the pages, with what it means in plain words."""
+PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+"""Colours of families, the most frequent first (Observable's categorical palette)."""
 AXIS = (-0.2, 1.0)
 """Ends of the axis on which confidence is drawn."""
 FRAME = (180, 100)
@@ -72,6 +74,8 @@ class ReportJob:
     """What was run on what: shown as they are at the top of the index."""
     drawn: Folder | None = None
     """Tests of the names on drawn scenes, where the run has them."""
+    coverage: Folder | None = None
+    """How well the vocabulary serves the units: a page of its own."""
 
 
 class Page(NamedTuple):
@@ -106,7 +110,9 @@ class ReportWorker:
             elif layer < len(job.layers):
                 files, rows = self._layer(layer)
             else:
-                files, rows = {"index.html": self._index()}, [Page(None, "index.html", 0)]
+                files = {"index.html": self._index()}
+                files |= {"vocabulary.html": self._vocabulary(job.coverage)} if job.coverage else {}
+                rows = [Page(None, path, 0) for path in files]
         table = make_table("pages", {c: [getattr(row, c) for row in rows] for c in Page._fields})
         with report.phase("write"):
             with ThreadPoolExecutor(8) as pool:
@@ -209,7 +215,40 @@ class ReportWorker:
         ]
         job = self.job
         values = {"run": job.run, "facts": job.facts, "total": summary(neurons), "layers": layers}
-        return render("index", values | {"images": int(job.images.ok.sum()), "statuses": STATUSES})
+        values |= {"images": int(job.images.ok.sum()), "statuses": STATUSES, "vocabulary": job.coverage is not None}
+        return render("index", values)
+
+    def _vocabulary(self, coverage: Folder) -> bytes:
+        rows = coverage.read_all("coverage").to_pylist()
+        of_what: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            of_what.setdefault(row["what"], []).append(row)
+        figures: dict[str | None, dict[str, Any]] = {None: {}}
+        for row in rows:
+            if row["name"] is None:
+                figures.setdefault(row["layer"], {})[row["what"]] = row
+        families: dict[str | None, list[dict[str, Any]]] = {layer: [] for layer in figures}
+        for row in of_what.get("family", []):
+            families[row["layer"]].append(row)
+        names = [row["name"] for row in families[None]]
+        won = {
+            key: sorted(of_what.get(key, []), key=lambda row: (-row["units"], row["name"]))
+            for key in ("prompt", "round")
+        }
+        values = {
+            "run": self.job.run,
+            "concepts": len(of_what.get("never used", [])) + figures[None]["distinct names"]["units"],
+            "total": figures.pop(None),
+            "layers": figures,
+            "families": families,
+            "palette": {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
+            "hubs": [row for row in of_what.get("hub", []) if row["units"] > 1],
+            "unused": of_what.get("never used", []),
+            "alike": of_what.get("near-duplicate", []),
+            "prompts": won["prompt"],
+            "rounds": sorted(won["round"], key=lambda row: int(row["name"])),
+        }
+        return render("vocabulary", values)
 
 
 def page_names(number: int, layer: Layer, page_units: int) -> list[str]:

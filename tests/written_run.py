@@ -48,6 +48,7 @@ FOLDERS = {
     "patches": ("patches", "crops"),
     "validation": ("validation",),
     "drawn": ("drawn",),
+    "coverage": ("coverage",),
     "report": ("pages",),
 }
 SHARD = 4
@@ -91,6 +92,7 @@ def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[
         rows = {"neurons": units, "validation": units, "scores": scores, "exemplars": shown[-1], "drawn": named}
         for name, found in rows.items():
             folders[name].write(part, {name: make(name, found)})
+    folders["coverage"].write(0, {"coverage": make("coverage", list(coverage_rows(layers, phrases)))})
     for shard in range(images.num_shards):
         inside = [[row for row in block if row["image"] in images.shard(shard)] for block in shown]
         rows = [row for block in inside for row in block]
@@ -133,6 +135,21 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
         "shown": 0 if unit % 5 == 4 else 48,
         "absent": 0 if unit % 5 == 4 else 47,
     }
+
+
+def coverage_rows(layers: list[Layer], phrases: list[str]) -> Iterator[dict[str, Any]]:
+    """Figures of all layers and each; every phrase is a hub, a family, a prompt, or never used."""
+    for layer in (None, *(layer.name for layer in layers)):
+        for what in ("above the null", "explained", "distinct names", "confidence", "gain"):
+            yield {"what": what, "layer": layer, "name": None, "value": 0.5, "units": 10}
+        for i, name in enumerate(phrases):
+            yield {"what": "family", "layer": layer, "name": name, "value": 0.1, "units": 10 - i}
+    yield {"what": "near-duplicates", "layer": None, "name": None, "value": 0.5, "units": 3}
+    for what in ("hub", "never used", "near-duplicate", "prompt"):
+        for i, name in enumerate(phrases):
+            yield {"what": what, "layer": None, "name": name, "value": 0.95, "units": 9 - i}
+    for number in ("0", "1"):
+        yield {"what": "round", "layer": None, "name": number, "value": 0.1, "units": 7}
 
 
 def score_row(rank: int, concept: str) -> dict[str, Any]:
