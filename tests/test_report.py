@@ -129,12 +129,14 @@ def test_hostile_text_stays_text(job, pages):
     assert not tags & {"iframe", "object", "embed", "base", "form", "style>", "svg"}
     assert [page.text["style"] for page in pages.values() if len(page.text["style"]) != 1] == []
     assert [name for page in pages.values() for _, a in page.found for name in a if name.startswith("on")] == []
-    layers = [page for path, page in pages.items() if path != "index.html"]
+    layers = [page for path, page in pages.items() if path.startswith("layers/")]
     assert {title for page in layers for title in page.values("h2", "title")} == set(HOSTILE)
     assert {text for page in layers for text in page.text["h2"]} == set(HOSTILE)
     assert {alt for page in layers for alt in page.values("img", "alt")} == set(job.images.ids)
     assert {page.text["h1"][0] for page in layers} == {layer.name for layer in LAYERS}
     assert {"vit_<b>tiny</b>", "<script>alert(1)</script>"} <= set(pages["index.html"].text["dd"])
+    told = [text for text in pages["vocabulary.html"].text["bdi"] if text.strip()]
+    assert {told.count(phrase) for phrase in HOSTILE} == {3}, "as a hub, as a pair, as one that is never used"
 
 
 def test_redrawn_auc_where_there_is_one(job, pages, images, tmp_path):
