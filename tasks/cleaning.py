@@ -24,7 +24,7 @@ _BULLET = re.compile(r"(?:(?:[-*+\u2022]|\d{1,3}[.):]|\(\d{1,3}\))\s+)+")
 _ARTICLE = re.compile(r"(?:an?|the|some) (?=\S)")
 _MARKUP = re.compile(r"[<>{}\[\]|\\*`]|://|&#?\w+;|^[~.]*/")
 _UNSEEN = re.compile(
-    r"\b(?:smell\w*|odou?rs?|scents?|fragran\w+|aromas?|flavou?r\w*|tast(?:e|es|y|ing)|noises?|sounds? of|loud"
+    r"\b(?:smell\w*|odou?rs?|scents?|fragran\w+|aromas?|flavou?r\w*|tast(?:e|es|y|ing)|sounds? of|loud"
     r"|used (?:to|for|in|as|by)|known (?:for|as)|native to|found in|popular|famous|(?:in)?expensive|lifespan"
     r"|temperament|loyal|intelligen\w+|endangered|edible|nocturnal|importance|reputation|opinion|knowledge)\b"
 )

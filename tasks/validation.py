@@ -72,7 +72,10 @@ class ValidationWorker:
 
     def _validate(self, block: Block, explanations: pa.Table, pooled_US: np.ndarray) -> pa.Table:
         vectors_CD, row_of = self.vectors
-        concepts_UR = np.array([[row_of[c] for c in row] for row in explanations["concepts"].to_pylist()])
+        names = explanations["concepts"].to_pylist()
+        most = max(map(len, names))  # fewer where a name is older than the vocabulary's later concepts: its own again
+        names = np.array([row + row[:1] * (most - len(row)) for row in names], object)
+        concepts_UR = np.array([[row_of[c] for c in row] for row in names])
         stored = np.flatnonzero(self.job.images.stored)
         split = self.job.images.split[stored]
         correlation_UR = {}
@@ -85,7 +88,6 @@ class ValidationWorker:
         r = correlation_UR["validate"][:, 0]
         lower, upper, p = fisher(r, count["validate"])
         rival, gain = best_rival(correlation_UR["select"], vectors_CD[concepts_UR], count["select"])
-        names = np.array(explanations["concepts"].to_pylist(), object)
         columns = {
             "layer": [block.layer] * len(block),
             "unit": np.arange(block.start, block.stop),

@@ -140,6 +140,7 @@ def sweep_arguments(folder: Path) -> list[str]:
         "clip=folder",
         f"clip.name={tiny_clip(folder / 'clip')}",
         f"vocabulary.path={folder}/words.txt",
+        "vocabulary.merge=1",  # a random CLIP tells few words apart
         "activations.k=10",
         "patches.k=4",
         "patches.crops.sizes=[0.5]",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -255,6 +256,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     """A server that speaks OpenAI's protocol and says what its class is told, after `refusals` refusals."""
 
     said: dict = {}  # noqa: RUF012
+    other = '{"concepts":["fine"]}'
     refusals: count
     seen: list = []  # noqa: RUF012
 
@@ -263,7 +265,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         self.seen.append((self.headers["Authorization"], asked))
         refuse = next(self.refusals) < 2
         subject = asked["messages"][0]["content"].rsplit("Subject: ", 1)[-1]
-        message = {"role": "assistant", "content": self.said.get(subject, '{"concepts":["fine"]}')}
+        message = {"role": "assistant", "content": self.said.get(subject, self.other)}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"} | {
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12},
@@ -279,14 +281,21 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def scripted():
+@contextmanager
+def scripted_server():
+    """The handler's class, whose answers can be set and which remembers what it saw, and the server's address."""
     handler = type("Handler", (Scripted,), {"seen": [], "refusals": count()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield handler, f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def scripted():
+    with scripted_server() as found:
+        yield found
 
 
 def test_hostile_answers_of_a_server_that_refuses_at_first(tmp_path, monkeypatch, scripted):
