@@ -6,6 +6,7 @@ stage.
 
 import difflib
 import importlib.metadata
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -112,6 +113,16 @@ def load_run(store: StoreSettings, name: str) -> Run:
         near = difflib.get_close_matches(name, runs, n=5, cutoff=0) or ["none yet"]
         raise ValueError(f"run={name}: no such run in {store.root}; there are {', '.join(near)}")
     return Run(name, store, found["config"], found["stages"], found["parts"], found.get("changes", {}))
+
+
+def spent(folder: Folder) -> dict[str, Counter]:
+    """Seconds by phase and skipped items by reason, summed over the finished parts of a stage."""
+    totals = {"seconds": Counter(), "skipped": Counter()}
+    for name in folder.store.names(f"{folder.name}/reports"):
+        found = folder.store.get_json(f"{folder.name}/reports/{name}") or {}
+        for key, total in totals.items():
+            total.update(found.get(key, {}))
+    return totals
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -6,7 +6,7 @@ In: the run's name and the store's config. Out: one line per stage with finished
 import sys
 
 from flows.config import compose, flow_arguments
-from flows.run import load_run
+from flows.run import load_run, spent
 from tasks.store import Folder
 
 
@@ -25,16 +25,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _statistics(folder: Folder) -> str:
-    """Seconds by phase and skipped counts, summed over the finished parts."""
-    seconds: dict[str, float] = {}
-    skipped: dict[str, int] = {}
-    for name in folder.store.names(f"{folder.name}/reports"):
-        found = folder.store.get_json(f"{folder.name}/reports/{name}") or {}
-        for total, key in ((seconds, "seconds"), (skipped, "skipped")):
-            for what, value in found.get(key, {}).items():
-                total[what] = total.get(what, 0) + value
-    text = [f"{what} {value:.1f} s" for what, value in seconds.items()]
-    return " ".join(text + [f"skipped {value} {what}" for what, value in skipped.items()])
+    found = spent(folder)
+    text = [f"{what} {value:.1f} s" for what, value in found["seconds"].items()]
+    return " ".join(text + [f"skipped {value} {what}" for what, value in found["skipped"].items()])
 
 
 if __name__ == "__main__":

@@ -66,8 +66,13 @@ def main(arguments: list[str]) -> int:
     configs = [compose(job) for job in jobs]
     if len({config.run for config in configs}) < len(configs):  # a fixed run= would overwrite itself
         configs = [replace(c, run=f"{c.run}-{number}") for number, c in enumerate(configs)]
-    for config in configs:
-        Sweep(config).run()
+    sweeps = [Sweep(config) for config in configs]
+    for sweep in sweeps:
+        sweep.run()
+    if len(sweeps) > 1:
+        from flows.comparison import compared  # which needs Sweep
+
+        print("\n" + "\n".join(compared(sweeps)))
     return 0
 
 

@@ -5,11 +5,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 from ray._private.services import find_gcs_addresses
 
 from flows.config import CONF, compose, groups, multirun
+from flows.run import load_run
 from tasks.layers import LayersSettings, find_layers
+from tasks.store import StoreSettings
 from tasks.target import load_target
 from tasks.world.concepts import CONCEPTS
 from tasks.world.targets import INPUT
@@ -181,11 +185,27 @@ def test_no_cluster_to_join_is_one_line(tmp_path, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
+def check_comparison(printed: str, root: Path) -> None:
+    """The last lines by a slow look at the tables of both runs."""
+    lines = printed[printed.index("run                  ") :].splitlines()
+    runs = [load_run(StoreSettings(str(root)), name) for name in ("drawn-0", "drawn-1")]
+    named = [run.folder("neurons").read_all("neurons").filter(pc.field("phrase").is_valid()) for run in runs]
+    assert [line.split()[:2] for line in lines[1:3]] == [["drawn-0", "11"], ["drawn-1", "11"]]
+    for line, units in zip(lines[1:3], named, strict=True):
+        on = [row for row in units.to_pylist() if row["status"] not in ("always_on", "special_token_only")]
+        assert line.split()[2] == f"{np.mean([row['status'] == 'explained' for row in on]):.1%}"
+        assert line.split()[5] == str(len({row["phrase"] for row in on}))
+    one, other = ({(r["layer"], r["unit"]): r["phrase"] for r in units.to_pylist()} for units in named)
+    same = np.mean([one[unit] == other[unit] for unit in one])
+    assert lines[5].startswith(f"drawn-0 | drawn-1: {same:.1%} / ")
+
+
 def test_command_line_sweep_show_and_status(tmp_path):
     arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store"]
     done = axonym("sweep", "--multirun", *arguments, "cluster=none", "scorer=contrastive,mean_cosine")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "store/runs").iterdir()) == ["drawn-0", "drawn-1"]
+    check_comparison(done.stdout, tmp_path / "store")
     shown = axonym("show", "run=drawn-0", "layer=relu", "unit=0", f"store.root={tmp_path}/store")
     assert shown.returncode == 0, shown.stderr
     assert "relu" in shown.stdout
