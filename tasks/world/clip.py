@@ -118,6 +118,7 @@ def train_clip(
 ) -> dict[str, float]:
     """Train, write, read back as any user of open_clip does, and measure. Returns hold-out figures by name."""
     import open_clip
+    from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(json.dumps(CONFIG))
@@ -127,6 +128,10 @@ def train_clip(
     logging.disable(logging.WARNING)  # that the folder has no weights yet
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(device)
     logging.disable(logging.NOTSET)
+    # Waves as large as the features: from the usual small random start the four corners stayed one text.
+    places = model.visual.attnpool.positional_embedding.data
+    grid = (round((len(places) - 1) ** 0.5),) * 2
+    places[1:] = build_sincos2d_pos_embed(grid, places.shape[1], interleave_sin_cos=True)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     lesson = Lesson(model, tokenizer, seed, device, recipe)
     train(nn.ModuleList([model, lesson.head]), lesson.loss, recipe, device, "clip")
