@@ -44,8 +44,8 @@ class VocabularySettings:
     against: str | None = None
     """Word list whose names the run's are compared with in the coverage report: a path, or lexicon for the shipped one.
     None for none."""
-    merge: float = 0.97
-    """Cosine of CLIP's text vectors from which two phrases are one concept."""
+    merge: float = 0.98
+    """Cosine of CLIP's text vectors from which two phrases are one concept. A lower one merges opposites first."""
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
