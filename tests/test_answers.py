@@ -396,7 +396,7 @@ def check_answers(out: Folder) -> None:
     assert [row["prompt_id"] for row in rows] == [prompt.prompt_id for prompt in PROMPTS]
     assert [row["prompt"] for row in rows] == [prompt.text for prompt in PROMPTS]
     assert {row["status"] for row in rows} <= {"ok", "truncated"}
-    assert all(0 < row["tokens"] <= 256 < row["input_tokens"] < 400 for row in rows)
+    assert all(0 < row["tokens"] <= 256 and 100 < row["input_tokens"] < 400 for row in rows)
     assert all(row["answer"].startswith('{"concepts":["') and parse_answer(row["answer"])[0] for row in rows)
 
 
@@ -425,9 +425,8 @@ if __name__ == "__main__":
 
 
 def vllm(model: str) -> LlmSettings:
-    return LlmSettings(
-        model, engine={"max_model_len": 1024, "enable_chunked_prefill": False}, shard_size=3, max_tokens=256
-    )
+    engine = {"max_model_len": 1024, "enable_chunked_prefill": False}
+    return LlmSettings("vllm", model, engine, shard_size=3, max_tokens=256)
 
 
 def run_engine(*runs: str) -> int:

@@ -32,7 +32,7 @@ from tasks.world.concepts import (
     synonyms,
 )
 
-STEPS, RATE = 600, 3e-3
+STEPS, RATE = 1000, 3e-3
 IGNORED = -100
 CONTEXT = 1024
 """Tokens of a prompt and its answer together: about 300 of the prompt, at most 6 per phrase."""
