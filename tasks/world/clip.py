@@ -6,7 +6,7 @@ do on scenes that it has not seen.
 It learns from three things at once. Short phrases: the truth of every phrase is known for every scene and crop, so each
 pair of an image and a phrase is right or wrong (a sigmoid loss with exact labels, after SigLIP, Zhai et al. 2023).
 Full captions: each against all others of the batch (the loss of CLIP, Radford et al. 2021). And what is
-where in a scene, by a head that is thrown away.
+where in a scene, by two heads that are thrown away.
 """
 
 import json
@@ -26,6 +26,7 @@ from tasks.world.concepts import (
     CONCEPTS,
     FAMILY,
     KINDS,
+    LAYOUTS,
     NUMBER,
     PATTERNS,
     PLAIN,
@@ -36,7 +37,7 @@ from tasks.world.concepts import (
     held_out,
     synonyms,
 )
-from tasks.world.planting import Planted, Teacher
+from tasks.world.planting import Planted, Teacher, balanced
 from tasks.world.scenes import SIZE, Wish, sample
 from tasks.world.training import Recipe, Scenes, to_input, train
 from tasks.world.truth import (
@@ -61,7 +62,7 @@ CONTEXT = 48
 BANK = 128
 """Phrases in one step."""
 LAYOUT = 3.0
-"""Weight of layouts in the loss: they are learned last."""
+"""Weight of layouts in the loss on phrases: they are learned last."""
 EXCLUSIVE = [[NUMBER[c] for c in family] for family in (COLOURS, KINDS, PATTERNS, SCENES)]
 """Places of concepts, in a step's phrases too, of which an object or a scene has one."""
 CONFIG: dict[str, Any] = {
@@ -118,7 +119,6 @@ def train_clip(
 ) -> dict[str, float]:
     """Train, write, read back as any user of open_clip does, and measure. Returns hold-out figures by name."""
     import open_clip
-    from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(json.dumps(CONFIG))
@@ -128,13 +128,11 @@ def train_clip(
     logging.disable(logging.WARNING)  # that the folder has no weights yet
     model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(device)
     logging.disable(logging.NOTSET)
-    # Waves as large as the features: from the usual small random start the four corners stayed one text.
-    places = model.visual.attnpool.positional_embedding.data
-    grid = (round((len(places) - 1) ** 0.5),) * 2
-    places[1:] = build_sincos2d_pos_embed(grid, places.shape[1], interleave_sin_cos=True)
+    # Places as large as the features: the usual small random start was lost beside them.
+    nn.init.normal_(model.visual.attnpool.positional_embedding, std=0.5)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     lesson = Lesson(model, tokenizer, seed, device, recipe)
-    train(nn.ModuleList([model, lesson.head]), lesson.loss, recipe, device, "clip")
+    train(nn.ModuleList([model, lesson.head, lesson.layouts]), lesson.loss, recipe, device, "clip")
     model.eval()
     save_file({k: t.half().cpu().contiguous() for k, t in model.state_dict().items()}, folder / WEIGHTS)
     return measure(folder, device, count)
@@ -159,6 +157,9 @@ class Lesson:
         self.head = nn.Conv2d(model.visual.layer3[-1].conv3.out_channels, len(CONCEPTS), 1).to(device)
         self.teacher = Teacher([Planted("", i, "mono", (c,)) for i, c in enumerate(CONCEPTS)], INPUT // 16, 0, device)
         model.visual.layer3.register_forward_hook(self._keep)
+        # Another for layouts: as long as neither images nor texts tell corners apart, neither learns it from the other.
+        self.layouts = nn.Linear(CONFIG["model_cfg"]["embed_dim"], len(LAYOUTS)).to(device)
+        self.layout_places = [CONCEPTS.index(c) for c in LAYOUTS]  # in a step's phrases
 
     def _keep(self, _module: nn.Module, _given: Any, output: torch.Tensor) -> None:
         self.features = output
@@ -202,6 +203,7 @@ class Lesson:
         value = value + 0.2 * self.teacher.loss(
             self.head(self.features[:half]).flatten(2), self.teacher.batch(found, whole)
         )
+        value = value + 0.2 * balanced(self.layouts(10 * image_BD[:half].float()), truth_BP[:half, self.layout_places])
         return value + 0.2 * sum(_choice_loss(logits_BP[:, f], truth_BP[:, f]) for f in EXCLUSIVE)
 
 
