@@ -419,8 +419,13 @@ class Sweep:
         payload: dict[str, Any] = {stage: self.hash(stage) for stage in read}
         payload |= {"against": self.lexicon.hash("validation") if self.lexicon else None}
         folder = self.manifest.plan("coverage", payload, 1, ("torch", "numpy"))
-        job = CoverageJob(folder, **{stage: self.folder(stage) for stage in read}, threads=self.config.cluster.threads)
-        job.against = self.lexicon.folder("validation") if self.lexicon else None
+        job = CoverageJob(
+            folder,
+            **{stage: self.folder(stage) for stage in read},
+            threads=self.config.cluster.threads,
+            answers=[self.manifest.folder(key) for key in self.manifest.stages if key.startswith("answers")],
+            against=self.lexicon.folder("validation") if self.lexicon else None,
+        )
         self._stage(job, self.num_units, "unit")
 
     def drawn(self) -> None:

@@ -6,7 +6,7 @@ another word list, where it is wanted. Out: the coverage table, one row per figu
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,8 @@ class CoverageJob:
     validation: Folder
     vocabulary: Folder
     threads: int
+    answers: list[Folder] = field(default_factory=list)
+    """Of all rounds, for what the prompts asked; none for word lists."""
     against: Folder | None = None
     """Validation of the same units with the names of another word list."""
 
@@ -62,9 +64,13 @@ class CoverageWorker:
         with report.phase("read"):
             units = self._units()
             concepts = job.vocabulary.read_all("concepts").to_pylist()
+            asked = [f.read_all("answers", columns=["prompt_id", "prompt"]).to_pylist() for f in job.answers]
+            prompts = {
+                r["prompt_id"]: f"{r['prompt'].splitlines()[-1]} ({r['prompt_id']})" for rows in asked for r in rows
+            }
             vectors = matrix(job.vocabulary.read_all("concept_embeddings")["embedding"])
         with report.phase("compute"):
-            rows = [*by_layer(units), *by_concept(units, concepts), *near_duplicates(concepts, vectors)]
+            rows = [*by_layer(units), *by_concept(units, concepts, prompts), *near_duplicates(concepts, vectors)]
         table = make_table("coverage", {c: [getattr(row, c) for row in rows] for c in Figure._fields})
         with report.phase("write"):
             job.out.write(part, {"coverage": table})
@@ -106,7 +112,9 @@ def by_layer(units: list[dict[str, Any]]) -> Iterator[Figure]:
             yield Figure("gain", layer, None, _mean(gains), len(gains))
 
 
-def by_concept(units: list[dict[str, Any]], concepts: list[dict[str, Any]]) -> Iterator[Figure]:
+def by_concept(
+    units: list[dict[str, Any]], concepts: list[dict[str, Any]], prompts: dict[str, str]
+) -> Iterator[Figure]:
     """Families by layer, names that many units share, concepts that none has, prompts and rounds by what they won."""
     by_name = {row["concept"]: row for row in concepts}
     wins = Counter(unit["phrase"] for unit in units)
@@ -127,7 +135,7 @@ def by_concept(units: list[dict[str, Any]], concepts: list[dict[str, Any]]) -> I
             won[by_name[name][column]] += count
         for key, number in brought.items():
             if key is not None:
-                yield Figure(what, None, str(key), won[key] / number, won[key])
+                yield Figure(what, None, prompts.get(str(key), str(key)), won[key] / number, won[key])
 
 
 def near_duplicates(concepts: list[dict[str, Any]], vectors_CD: np.ndarray) -> Iterator[Figure]:

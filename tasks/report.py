@@ -34,7 +34,8 @@ STATUSES = {
 }
 """Every status of the neurons table, in the order of the pages, with what it means in plain words."""
 PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-"""Colours of families, the most frequent first (Observable's categorical palette)."""
+PALETTE += ("#1d3f8f", "#8a6d00", "#a3261b", "#1f7a6a", "#b8d98a", "#8f2f6b")
+"""Colours of families, the most frequent first; the first ten are Observable's categorical palette."""
 AXIS = (-0.2, 1.0)
 """Ends of the axis on which confidence is drawn."""
 FRAME = (180, 100)

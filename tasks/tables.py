@@ -212,7 +212,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
             "near-duplicates or near-duplicate",
         ),
         "layer": (STR, "module path in the target model; null for all layers"),
-        "name": (STR, "family, concept, prompt id, round or pair of concepts; null where it is about all units"),
+        "name": (STR, "family, concept, last line and id of a prompt, round or pair; null where it is about all units"),
         "value": (
             F64,
             "share of the named units; mean confidence, or its gain over another word list; cosine of a pair; "

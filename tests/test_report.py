@@ -136,7 +136,7 @@ def test_hostile_text_stays_text(job, pages):
     assert {page.text["h1"][0] for page in layers} == {layer.name for layer in LAYERS}
     assert {"vit_<b>tiny</b>", "<script>alert(1)</script>"} <= set(pages["index.html"].text["dd"])
     told = [text for text in pages["vocabulary.html"].text["bdi"] if text.strip()]
-    assert {told.count(phrase) for phrase in HOSTILE} == {3}, "as a hub, as a pair, as one that is never used"
+    assert {told.count(phrase) for phrase in HOSTILE} == {4}, "a hub, a pair, a prompt, one that is never used"
 
 
 def test_redrawn_auc_where_there_is_one(job, pages, images, tmp_path):

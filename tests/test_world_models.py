@@ -24,9 +24,9 @@ from tasks.world.truth import NO, UNSURE, YES, phrases_seen, stream
 
 CPU = torch.device("cpu")
 SCENES = 2000
-FLOORS = {"resnet": (0.965, 0.965), "vit": (0.965, 0.92), "vit_registers": (0.945, 0.92)}
-"""Least AUROC of a mono unit: of all but layouts, of layouts. The goal is 0.97, which layouts miss in
-the ViTs, and with registers houses and flowers too."""
+FLOORS = {"resnet": (0.975, 0.975), "vit": (0.955, 0.95), "vit_registers": (0.945, 0.94)}
+"""Least AUROC of a mono unit: of all but layouts, of layouts. The goal is 0.97, which speckles and small objects miss
+in the ViTs."""
 
 
 @pytest.fixture(scope="module")
