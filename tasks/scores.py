@@ -25,7 +25,7 @@ CHUNK = 32
 """Units scored at once."""
 NULL_CROPS = 2048
 """Random crops per size behind the null mean and deviation."""
-ADDS = 0.25
+ADDS = 0.2
 """A second meaning must add this share of the first's weighted mean. In the drawn world 13 of 15 units for "A or B"
 are above it in a ResNet and in a ViT, and a third of the units with one meaning (docs/design.md, section 9)."""
 IMAGES = 65_536

@@ -101,7 +101,8 @@ def test_runs_share_common_stages(drawn, reference, tmp_path):
     sweep(drawn, tmp_path, "cluster=none", f"vocabulary.path={words}", "run=second")
     folders = {stage: len(list((tmp_path / stage).iterdir())) for stage in STAGES}
     assert {stage for stage, n in folders.items() if n == 2} == {
-        "phrases", "phrase_embeddings", "vocabulary", "scores", "explanations", "validation", "neurons", "report",
+        "phrases", "phrase_embeddings", "vocabulary", "scores", "explanations", "validation", "neurons", "coverage",
+        "report",
     }  # fmt: skip
     sweep(drawn, tmp_path, "cluster=none", "patches.k=3")
     run = load_run(compose(["probing.uri=x", f"store.root={tmp_path}"]).store, "drawn")
