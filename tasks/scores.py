@@ -26,8 +26,8 @@ CHUNK = 32
 NULL_CROPS = 2048
 """Random crops per size behind the null mean and deviation."""
 ADDS = 0.2
-"""A second meaning must add this share of the first's weighted mean. In the drawn world 13 of 15 units for "A or B"
-are above it in a ResNet and in a ViT, and a third of the units with one meaning (docs/design.md, section 9)."""
+"""A second meaning must add this share of the first's weighted mean, and lead the median concept by this share of the
+first's lead (docs/design.md, section 9)."""
 IMAGES = 65_536
 """Images that go into the covariance at once."""
 SHARE_Z = 1.645
@@ -181,7 +181,7 @@ class ScoresWorker:
     def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:
         keep = min(self.job.settings.keep, scores_UC.shape[1])
         best, index = scores_UC.topk(keep, dim=1)
-        adds = self._adds(evidence, index[:, :1]) if keep > 1 else torch.full_like(index, -1)
+        adds = adding(evidence, scores_UC, self.covariance_DD) if keep > 1 else torch.full_like(index, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
         index[missing, -1], best[missing, -1] = adds[missing, 0], scores_UC[missing].gather(1, adds[missing])[:, 0]
         units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
@@ -200,15 +200,18 @@ class ScoresWorker:
             "adds": (index == adds).cpu().numpy().reshape(-1),
         }
 
-    def _adds(self, evidence: Evidence, first_U1: torch.Tensor) -> torch.Tensor:
-        """int64 [U, 1], the concept that fits best what the first leaves unexplained: the other half of a unit that
-        means two things, which near-synonyms of the first would crowd out. -1 where none adds enough (ADDS)."""
-        first_UD, spread_C = self.concepts_CD[first_U1[:, 0]], evidence.null_std_LC[0]
-        says_U1 = (evidence.weighted_UD * first_UD).sum(1, keepdim=True) / spread_C[first_U1]
-        rest_UD = unexplained(evidence.weighted_UD, first_UD, self.covariance_DD)
-        rest_UC = (rest_UD @ self.concepts_CD.T / spread_C).scatter(1, first_U1, -torch.inf)
-        gain_U1, adds_U1 = rest_UC.max(1, keepdim=True)
-        return adds_U1.where(gain_U1 > ADDS * says_U1, -1)
+
+def adding(evidence: Evidence, scores_UC: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
+    """int64 [U, 1], the concept that fits best what the first leaves unexplained: the other half of a unit that means
+    two things, which near-synonyms of the first would crowd out. -1 where none adds and says enough (ADDS)."""
+    first_U1, median_U1 = scores_UC.argmax(1, keepdim=True), scores_UC.median(1, keepdim=True).values
+    first_UD, spread_C = evidence.concepts_CD[first_U1[:, 0]], evidence.null_std_LC[0]
+    says_U1 = (evidence.weighted_UD * first_UD).sum(1, keepdim=True) / spread_C[first_U1]
+    rest_UD = unexplained(evidence.weighted_UD, first_UD, covariance_DD)
+    rest_UC = (rest_UD @ evidence.concepts_CD.T / spread_C).scatter(1, first_U1, -torch.inf)
+    gain_U1, adds_U1 = rest_UC.max(1, keepdim=True)
+    lead_U1, first_lead_U1 = (scores_UC.gather(1, which) - median_U1 for which in (adds_U1, first_U1))
+    return adds_U1.where((gain_U1 > ADDS * says_U1) & (lead_U1 > ADDS * first_lead_U1), -1)
 
 
 def _by_rank(table: pa.Table, column: str, units: np.ndarray, width: int) -> np.ndarray:

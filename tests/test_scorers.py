@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
 from tasks.scorers import PMI, SCORERS, Evidence, log_mean_exp, unexplained
+from tasks.scores import adding
 from tasks.tables import make_table
 from tasks.validation import best_rival
 
@@ -136,7 +138,7 @@ def test_correlations_are_pearsons(seed, count):
 
 THREADED = """
 import sys, numpy as np, torch
-from tasks.validation import correlations
+from tasks.correlation import correlations
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
 sys.stdout.buffer.write(correlations(rng.normal(size=(57, 512)), rng.normal(size=(512, 700))).tobytes())
@@ -225,3 +227,18 @@ def test_status_needs_evidence():
         "explained", "ambiguous", "unexplained", "unexplained", "unexplained",
     ]  # fmt: skip
     assert decide(np.array(["dead"] * 5), table, q, np.full(5, 0.05), NeuronsSettings()).tolist() == ["dead"] * 5
+
+
+def test_what_adds_must_itself_be_far_above_the_median():
+    """A unit that is c0 and c1: c1 adds, unless it adds little, or the scorer sees little of it in the unit."""
+    weighted = torch.tensor([[2.0, 1.5, 0, 0, 0, 0], [2.0, 0.1, 0, 0, 0, 0], [2.0, 0.5, 0, 0, 0, 0]])
+    given = replace(
+        evidence(0, units=3, concepts=5, width=6)[0],
+        concepts_CD=torch.eye(6)[:5],
+        weighted_UD=weighted,
+        null_std_LC=torch.ones(1, 5),
+    )
+    scores = weighted[:, :5].clone()
+    assert adding(given, scores, torch.eye(6)).tolist() == [[1], [-1], [1]]
+    scores[0, 1] = 0.3
+    assert adding(given, scores, torch.eye(6)).tolist() == [[-1], [-1], [1]]
