@@ -63,7 +63,8 @@ class ImageReader:
         fs, path = self._place(uri)
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
-            return parquet.read_row_group(group, columns=[image_column(parquet.schema_arrow, uri)]).column(0)
+            column = image_column(parquet.schema_arrow, uri)
+            return parquet.read_row_group(group, columns=[column], use_threads=False).column(0)  # see Store.native
 
     def _group_starts(self, uri: str) -> np.ndarray:
         fs, path = self._place(uri)

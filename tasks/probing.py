@@ -202,7 +202,7 @@ def _parquet_rows(fs: fsspec.AbstractFileSystem, path: str) -> list[tuple[int, s
             column = next((c for c in LABEL_COLUMNS if c in parquet.schema_arrow.names), None)
             if column is None:
                 return [(row, None) for row in range(parquet.metadata.num_rows)]
-            labels = parquet.read(columns=[column])[column].to_pylist()
+            labels = parquet.read(columns=[column], use_threads=False)[column].to_pylist()
             info = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"probing.uri: {path} is not a readable Parquet file: {error}") from None

@@ -83,6 +83,11 @@ class Store:
     def get(self, name: str) -> bytes:
         return self.fs.cat_file(self.path(name))
 
+    def native(self, name: str) -> pa.NativeFile:
+        """The file for Arrow, whose threads may outlive a read: where they hold a Python file when the interpreter
+        ends, the process aborts (apache/arrow#34314)."""
+        return pa.OSFile(self.path(name)) if self.local else pa.BufferReader(self.get(name))
+
     def get_json(self, name: str) -> dict | None:
         """The JSON object of that name, None where there is none."""
         try:
@@ -146,15 +151,15 @@ class Folder:
         filters: list | None = None,
     ) -> pa.Table:
         """One part of a table; `group` reads one row group of it alone."""
-        path = self.store.path(part_name(self.name, table, part))
+        name = part_name(self.name, table, part)
         self.store.fs.invalidate_cache()  # another process may have written since
-        with self.store.fs.open(path, "rb") as file:
-            if filters is not None:
-                found = pq.read_table(file, columns=columns, filters=filters)
-            elif group is not None:
-                found = pq.ParquetFile(file).read_row_group(group, columns=columns)
-            else:
-                found = pq.read_table(file, columns=columns)
+        if group is None:
+            found = pq.read_table(self.store.native(name), columns=columns, filters=filters)
+        elif self.store.local:
+            found = pq.ParquetFile(self.store.native(name)).read_row_group(group, columns=columns)
+        else:  # not all of a large object; its Python file stays in this thread
+            with self.store.fs.open(self.store.path(name), "rb") as file:
+                found = pq.ParquetFile(file).read_row_group(group, columns=columns, use_threads=False)
         return tables.check(table, found, columns)
 
     def read_all(self, table: str, **how) -> pa.Table:

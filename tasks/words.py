@@ -65,7 +65,7 @@ def _json_rows(found: Any, name: str) -> list[Raw]:
 
 
 def _parquet_rows(data: bytes, name: str) -> list[Raw]:
-    file = pq.ParquetFile(io.BytesIO(data))
+    file = pq.ParquetFile(pa.BufferReader(data))
     if "concept" not in file.schema_arrow.names:
         raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
     table = file.read([c for c in ("concept", "family") if c in file.schema_arrow.names])
