@@ -27,7 +27,7 @@ def _line(sweep: Sweep) -> str:
     rows = sweep.folder("coverage").read_all("coverage").to_pylist()
     total = {row["what"]: row for row in rows if row["layer"] is None and row["name"] is None}
     hubs = [row["value"] for row in rows if row["what"] == "hub"]
-    answers = [sweep.manifest.folder(key) for key in sweep.manifest.stages if key.startswith("answers")]
+    answers = [sweep.manifest.folder(key) for key in sweep.manifest.rounds("answers")]
     tokens = sum(sum(f.read_all("answers", columns=["tokens"])["tokens"].to_pylist()) for f in answers)
     seconds = sum(sum(spent(sweep.manifest.folder(key))["seconds"].values()) for key in sweep.manifest.parts)
     return (

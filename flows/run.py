@@ -68,13 +68,17 @@ class Run:
         stage = key.partition("/")[0]
         return Folder(self.store, stage, self.stages[key], TABLES[stage])
 
+    def rounds(self, stage: str) -> list[str]:
+        """Keys of all rounds of a stage, the stage itself first."""
+        return [key for key in self.stages if key.partition("/")[0] == stage]
+
     def last(self, stage: str) -> str:
         """Key of the last round of a stage; the stage itself where there is one round only."""
-        return [key for key in self.stages if key.partition("/")[0] == stage][-1]
+        return self.rounds(stage)[-1]
 
     def share(self, other: "Run", stages: tuple[str, ...]) -> None:
         """Take over what another run has of these stages, all rounds of them."""
-        for key in [key for key in other.stages if key.partition("/")[0] in stages]:
+        for key in [key for stage in stages for key in other.rounds(stage)]:
             self.stages[key], self.parts[key] = other.stages[key], other.parts[key]
 
     def plan(self, key: str, payload: dict[str, Any], parts: int, libraries: tuple[str, ...] = ()) -> Folder:

@@ -238,7 +238,7 @@ class Sweep:
         ids = fingerprint({"ids": [prompt.prompt_id for prompt in prompts]})
         payload = llm_identity(settings.llm) | {"prompts": ids, "shard_size": settings.llm.shard_size}
         payload |= {"max_concepts": settings.max_concepts}
-        earlier = [self.manifest.folder(key) for key in self.manifest.stages if key.startswith("answers")]
+        earlier = [self.manifest.folder(key) for key in self.manifest.rounds("answers")]
         folder = self.manifest.plan(_round("answers", number), payload, -(-len(prompts) // settings.llm.shard_size))
         job = AnswersJob(folder, prompts, settings.llm, settings.max_concepts, earlier)
         self._stage(job, len(prompts), "prompt", alone=True)
@@ -246,9 +246,9 @@ class Sweep:
     def phrases(self, number: int = 0) -> None:
         settings = self.config.vocabulary
         payload = {"source": settings.source, "max_words": settings.max_words, "identity": self.words}
-        payload |= {"answers": self.hash("answers") if settings.asks or number else None, "alone": number > 0}
-        folder = self.manifest.plan(_round("phrases", number), payload, 1)
         answers = self.folder("answers") if settings.asks or number else None
+        payload |= {"answers": answers.fingerprint if answers else None, "alone": number > 0}
+        folder = self.manifest.plan(_round("phrases", number), payload, 1)
         self._stage(PhrasesJob(folder, settings, self.class_names, answers, number > 0), 1, "list")
         self.num_phrases = folder.read_all("phrases", columns=["concept_id"]).num_rows
 
@@ -423,7 +423,7 @@ class Sweep:
             folder,
             **{stage: self.folder(stage) for stage in read},
             threads=self.config.cluster.threads,
-            answers=[self.manifest.folder(key) for key in self.manifest.stages if key.startswith("answers")],
+            answers=[self.manifest.folder(key) for key in self.manifest.rounds("answers")],
             against=self.lexicon.folder("validation") if self.lexicon else None,
         )
         self._stage(job, self.num_units, "unit")

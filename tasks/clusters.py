@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from tasks.correlation import better, paired, product, read_pooled
+from tasks.correlation import better, paired, product, read_block
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
@@ -80,6 +80,18 @@ class ClustersWorker:
         return matrix(self.job.image_embeddings.read_all("image_embeddings")["embedding"]).astype(np.float32)
 
     @cached_property
+    def mean_image_D(self) -> np.ndarray:
+        """Mean vector of the explain images."""
+        return self.images_ND[self.job.images.explain].astype(np.float64).mean(0)
+
+    @cached_property
+    def select(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which stored images are of the select split, and their vectors transposed float32 [D, n]."""
+        stored = np.flatnonzero(self.job.images.stored)
+        chosen = self.job.images.split[stored] == "select"
+        return chosen, self.images_ND[stored[chosen]].T
+
+    @cached_property
     def concepts(self) -> tuple[dict[str, int], np.ndarray, list[str]]:
         """Row of each concept, vectors float32 [C, D], ids."""
         table = self.job.vocabulary.read_all("concepts", columns=["concept", "concept_id"])
@@ -107,22 +119,17 @@ class ClustersWorker:
     def _lacking(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of a block's units: mean embedding float32 [U, D], how much better it follows them than their name does, and
         whether that is beyond chance. NaN where a unit has no name or does not vary."""
-        job, (rows, vectors, _) = self.job, self.concepts
+        job, (rows, vectors, _), (chosen, images_Dn) = self.job, self.concepts, self.select
         stats = job.exemplars.read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
-        mean = self.images_ND[job.images.explain].astype(np.float64).mean(0)
-        weighted = matrix(stats["embedding_sum_cubed"]) - stats["sum_cubed"].to_numpy()[:, None] * mean
+        weighted = matrix(stats["embedding_sum_cubed"]) - stats["sum_cubed"].to_numpy()[:, None] * self.mean_image_D
         own = F.normalize(torch.from_numpy(weighted), dim=1).float().numpy()
-        stored = np.flatnonzero(job.images.stored)
-        select = job.images.split[stored] == "select"
-        shards = range(job.images.num_shards)
-        pooled = np.concatenate([read_pooled(job.activations, s, part) for s in shards], 1)[:, select]
+        pooled = read_block(job.activations, job.images, part)[:, chosen]
         names = job.explanations.read("explanations", part, columns=["phrase"])["phrase"].to_pylist()
         named = vectors[[rows.get(name, 0) for name in names]]
-        images = self.images_ND[stored[select]]
-        by_own, by_name = product(own, images.T), product(named, images.T)
+        by_own, by_name = product(own, images_Dn), product(named, images_Dn)
         r_own, r_name = paired(pooled, by_own), paired(pooled, by_name)
         r_name[[name is None for name in names]] = np.nan
-        sure = better(r_own, r_name, paired(by_own, by_name), int(select.sum()))
+        sure = better(r_own, r_name, paired(by_own, by_name), int(chosen.sum()))
         return own, r_own - r_name, np.nan_to_num(sure, nan=-np.inf) > job.settings.sure
 
     def _clusters(self, explained: pa.Table, vectors: np.ndarray, gaps: np.ndarray, lacking: np.ndarray) -> pa.Table:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
+from tasks.images import ImageList
 from tasks.store import Folder
 from tasks.tables import matrix
 
@@ -17,6 +18,11 @@ def read_pooled(activations: Folder, shard: int, block: int) -> np.ndarray:
     table = activations.read("pooled", shard, group=block)
     values = matrix(table["activation"], None if len(table["activation"].combine_chunks().flatten()) else 0)
     return values.astype(np.float32) * table["scale"].to_numpy()[:, None]
+
+
+def read_block(activations: Folder, images: ImageList, block: int) -> np.ndarray:
+    """float32 [units of the block, stored images], all shards of them."""
+    return np.concatenate([read_pooled(activations, shard, block) for shard in range(images.num_shards)], 1)
 
 
 def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:

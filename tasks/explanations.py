@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.correlation import better, paired, product, read_pooled
+from tasks.correlation import better, paired, product, read_block
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
@@ -94,8 +94,7 @@ class ExplanationsWorker:
     def _gains(self, part: int, before: pa.Table, after: pa.Table, job: Earlier) -> np.ndarray:
         """By how many standard errors each unit's new name follows it better than its old one, on the select split."""
         chosen, images, vectors = self.select
-        shards = range(job.images.num_shards)
-        pooled = np.concatenate([read_pooled(job.activations, s, part) for s in shards], 1)[:, chosen]
+        pooled = read_block(job.activations, job.images, part)[:, chosen]
         none = np.zeros(images.shape[1], np.float32)
         by_old, by_new = (
             product(np.array([vectors.get(name, none) for name in table["phrase"].to_pylist()]), images.T)

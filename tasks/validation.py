@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from tasks.correlation import correlations, fisher, product, read_pooled
+from tasks.correlation import correlations, fisher, product, read_block
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
@@ -60,8 +60,7 @@ class ValidationWorker:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
         with report.phase("read"):
             explanations = job.explanations.read("explanations", part)
-            shards = range(job.images.num_shards)
-            pooled_US = np.concatenate([read_pooled(job.activations, s, part) for s in shards], 1)
+            pooled_US = read_block(job.activations, job.images, part)
         with report.phase("compute"):
             table = self._validate(block, explanations, pooled_US)
             chance = self._chance(block, pooled_US[:CHANCE_UNITS])
