@@ -23,41 +23,28 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from flows.config import Config, compose, multirun
+from flows.evidence import MODEL
 from flows.run import Run
-from flows.stage import Work, run_stage
-from tasks.activations import ActivationsJob
-from tasks.answers import AnswersJob
+from flows.vocabulary import VocabularyStages, round_of
 from tasks.clip import check_clip, clip_identity
-from tasks.clusters import ClustersJob, RefineSettings
+from tasks.clusters import RefineSettings
 from tasks.coverage import CoverageJob
 from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
-from tasks.embeddings import TEXTS_PER_PART, EmbeddingsJob, PhraseEmbeddingsJob
-from tasks.exemplars import ExemplarsJob
 from tasks.explanations import Earlier, ExplanationsJob
-from tasks.forward import Description, TargetPass, describe
-from tasks.image_embeddings import ImageEmbeddingsJob
-from tasks.images import ImageList
+from tasks.forward import Description, describe
 from tasks.layers import unit_blocks
-from tasks.llm import llm_identity
 from tasks.neurons import NeuronsJob
-from tasks.patches import PatchesJob
-from tasks.phrases import PhrasesJob, VocabularySettings, identity
-from tasks.precision import PrecisionJob, choose_dtype
-from tasks.probing import ProbingJob, list_images
-from tasks.prompting import Prompt, cluster_prompts
+from tasks.phrases import VocabularySettings, identity
+from tasks.probing import list_images
 from tasks.report import ReportJob, num_parts, templates
 from tasks.scores import ScoresJob
-from tasks.store import Folder, Store, fingerprint
-from tasks.tables import make_table
+from tasks.store import Store
 from tasks.target import random_twin
 from tasks.validation import ValidationJob
-from tasks.vocabulary import VocabularyJob
 from tasks.world import files, orders
 
-MODEL = ("torch", "torchvision", "timm", "pillow", "numpy")
 WORDS = ("answers", "phrases", "phrase_embeddings", "vocabulary")
 """Stages that make the vocabulary."""
-CLIP = ("torch", "open-clip-torch", "transformers", "timm", "pillow", "numpy")
 
 
 def main(arguments: list[str]) -> int:
@@ -76,12 +63,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _round(stage: str, number: int) -> str:
-    """Key of one round of a stage."""
-    return f"{stage}/{number}" if number else stage
-
-
-class Sweep:
+class Sweep(VocabularyStages):
     """One run: `run` and `explain` list the stages in order; each method below them plans and runs one stage."""
 
     def __init__(self, config: Config) -> None:
@@ -189,178 +171,11 @@ class Sweep:
             if rounds.count(number) < settings.least * self.num_units:
                 return
 
-    def folder(self, stage: str) -> Folder:
-        """Of its last round."""
-        return self.manifest.folder(self.manifest.last(stage))
-
-    def hash(self, stage: str) -> str:
-        """Fingerprint of its last round."""
-        return self.manifest.stages[self.manifest.last(stage)]
-
-    def _stage(self, job: Any, items: int, unit: str, alone: bool = False) -> None:
-        """Run the worker that stands beside the job's class."""
-        self.manifest.save()
-        worker = f"{type(job).__module__}:{type(job).__name__.removesuffix('Job')}Worker"
-        work = Work(job.out, worker, job, self.manifest.parts[self.manifest.last(job.out.stage)], items, unit, alone)
-        self.worked |= run_stage(work, self.config.cluster)
-
-    def probing(self) -> None:
-        settings = self.config.probing
-        payload = asdict(settings) | {"files": self.stamp}
-        for irrelevant in ("pooled_max", "max_skipped", "options"):
-            payload.pop(irrelevant)
-        listing = self.manifest.plan("listing", payload, 1)
-        if not listing.done():
-            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
-            listing.write(0, {"listing": make_table("listing", columns)})
-        parts = -(-len(self.rows) // settings.shard_size)
-        folder = self.manifest.plan("probing", payload, parts, ("pillow",))
-        self._stage(ProbingJob(folder, listing, settings), len(self.rows), "image")
-        self.images = ImageList(folder, settings.shard_size, settings.batch_size, settings.pooled_max, settings.options)
-        self._usable()
-        self.data = self.images.digest()
-
-    def _usable(self) -> None:
-        """Refuse a dataset with too many unusable images, or none to explain with. Raises ValueError."""
-        status, limit = self.images.column("status"), self.config.probing.max_skipped
-        bad = int((status != "ok").sum())
-        if bad > limit * len(status):
-            reasons = ", ".join(sorted(set(status) - {"ok"}))
-            raise ValueError(f"probing.max_skipped={limit}: {bad} of {len(status)} images cannot be used ({reasons})")
-        if not self.images.explain.any():
-            raise ValueError(f"probing.explain={self.config.probing.explain}: no usable image falls into this split")
-
-    def answers(self, prompts: list[Prompt], number: int = 0) -> None:
-        """Only where a language model is asked."""
-        settings = self.config.vocabulary
-        if not prompts:
-            return
-        ids = fingerprint({"ids": [prompt.prompt_id for prompt in prompts]})
-        payload = llm_identity(settings.llm) | {"prompts": ids, "shard_size": settings.llm.shard_size}
-        payload |= {"max_concepts": settings.max_concepts}
-        earlier = [self.manifest.folder(key) for key in self.manifest.rounds("answers")]
-        folder = self.manifest.plan(_round("answers", number), payload, -(-len(prompts) // settings.llm.shard_size))
-        job = AnswersJob(folder, prompts, settings.llm, settings.max_concepts, earlier)
-        self._stage(job, len(prompts), "prompt", alone=True)
-
-    def phrases(self, number: int = 0) -> None:
-        settings = self.config.vocabulary
-        payload = {"source": settings.source, "max_words": settings.max_words, "identity": self.words}
-        answers = self.folder("answers") if settings.asks or number else None
-        payload |= {"answers": answers.fingerprint if answers else None, "alone": number > 0}
-        folder = self.manifest.plan(_round("phrases", number), payload, 1)
-        self._stage(PhrasesJob(folder, settings, self.class_names, answers, number > 0), 1, "list")
-        self.num_phrases = folder.read_all("phrases", columns=["concept_id"]).num_rows
-
-    def image_embeddings(self) -> None:
-        config, parts = self.config, self.images.num_shards
-        payload = {"data": self.data, "clip": self.clip}
-        folder = self.manifest.plan("image_embeddings", payload, parts, CLIP)
-        job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
-        self._stage(job, len(self.images), "image")
-
-    def phrase_embeddings(self, number: int = 0) -> None:
-        config, parts = self.config, -(-self.num_phrases // TEXTS_PER_PART)
-        batch = config.probing.batch_size
-        payload = {"phrases": self.hash("phrases"), "clip": self.clip}
-        payload |= {"templates": config.clip.templates, "batch_size": batch}
-        folder = self.manifest.plan(_round("phrase_embeddings", number), payload, parts, CLIP)
-        job = PhraseEmbeddingsJob(folder, self.folder("phrases"), config.clip, batch, config.cluster.threads)
-        self._stage(job, self.num_phrases, "phrase")
-
-    def vocabulary(self, number: int = 0) -> None:
-        merge = self.config.vocabulary.merge
-        payload: dict[str, Any] = {"phrase_embeddings": self.hash("phrase_embeddings"), "merge": merge}
-        before, clusters = (self.folder("vocabulary"), self.folder("clusters")) if number else (None, None)
-        if before and clusters:
-            payload |= {"before": before.fingerprint, "clusters": clusters.fingerprint, "round": number}
-        folder = self.manifest.plan(_round("vocabulary", number), payload, 1, ("torch", "numpy"))
-        read = (self.folder("phrases"), self.folder("phrase_embeddings"))
-        job = VocabularyJob(folder, *read, merge, self.config.cluster.threads, before, clusters, number)
-        self._stage(job, self.num_phrases, "phrase")
-        self.num_concepts = folder.read_all("concepts", columns=["concept_id"]).num_rows
-
-    def clusters(self, number: int) -> list[Prompt]:
-        """What is to be asked about the units that lack a word."""
-        config = self.config
-        read = ("activations", "exemplars", "image_embeddings", "vocabulary", "explanations")
-        settings = {key: getattr(config.refine, key) for key in ("clusters", "sure", "same_name")}
-        payload = settings | asdict(config.vocabulary.wording) | {stage: self.hash(stage) for stage in read}
-        folder = self.manifest.plan(_round("clusters", number), payload, 1, ("torch", "numpy"))
-        job = ClustersJob(
-            folder,
-            self.images,
-            **{stage: self.folder(stage) for stage in read},
-            blocks=self.blocks,
-            settings=config.refine,
-            wording=config.vocabulary.wording,
-            threads=config.cluster.threads,
-        )
-        self._stage(job, self.num_units, "unit")
-        return cluster_prompts(config.vocabulary.wording, folder.read("clusters", 0)["phrases"].to_pylist())
-
-    def precision(self) -> None:
-        """Only where the target model runs on a GPU and its number format is left to us."""
-        config, self.dtype = self.config, self.config.target.dtype
-        on_gpu = config.cluster.ray and config.cluster.resources("activations").num_gpus > 0
-        if self.dtype != "auto":
-            return
-        self.dtype = "float32"
-        if on_gpu:
-            folder = self.manifest.plan("precision", self._target_payload(), 1, MODEL)
-            job = PrecisionJob(folder, self._target_pass())
-            self._stage(job, 1, "model")
-            self.dtype = choose_dtype(folder)
-
-    def _target_payload(self) -> dict[str, Any]:
-        layers = [asdict(layer) for layer in self.target.layers]
-        return {
-            "data": self.data,
-            "weights": self.target.digest,
-            "preprocess": asdict(self.target.preprocess),
-            "layers": layers,
-            "unit_block": self.config.unit_block,
-        }
-
-    def _target_pass(self) -> TargetPass:
-        config = self.config
-        return TargetPass(self.images, config.target, self.target.layers, self.dtype, config.cluster.threads)
-
-    def activations(self) -> None:
-        config, parts = self.config, self.images.num_shards
-        payload = self._target_payload() | asdict(config.activations)
-        payload |= {"pool": config.layers.pool, "dtype": self.dtype, "pooled_max": config.probing.pooled_max}
-        payload |= {"image_embeddings": self.hash("image_embeddings")}
-        folder = self.manifest.plan("activations", payload, parts, MODEL)
-        read = self.folder("image_embeddings")
-        job = ActivationsJob(folder, self._target_pass(), read, self.blocks, config.layers.pool, config.activations)
-        self._stage(job, len(self.images), "image")
-
-    def exemplars(self) -> None:
-        parts = len(self.blocks)
-        folder = self.manifest.plan("exemplars", {"activations": self.hash("activations")}, parts)
-        job = ExemplarsJob(folder, self.images, self.folder("activations"), self.blocks, self.config.activations.k)
-        self._stage(job, self.num_units, "unit")
-
-    def patches(self) -> None:
-        config, parts = self.config, self.images.num_shards
-        payload = asdict(config.patches) | {"exemplars": self.hash("exemplars")}
-        folder = self.manifest.plan("patches", payload, parts, MODEL)
-        job = PatchesJob(folder, self._target_pass(), self.folder("exemplars"), self.blocks, config.patches)
-        self._stage(job, len(self.images), "image")
-
-    def embeddings(self) -> None:
-        config, parts = self.config, self.images.num_shards
-        payload = {"patches": self.hash("patches"), "clip": self.clip}
-        folder = self.manifest.plan("embeddings", payload, parts, CLIP)
-        job = EmbeddingsJob(folder, self.images, self.folder("patches"), config.clip, config.cluster.threads)
-        self._stage(job, len(self.images), "image")
-
     def scores(self, number: int = 0) -> None:
         config, parts = self.config, len(self.blocks)
         read = ("exemplars", "patches", "embeddings", "image_embeddings", "vocabulary")
         payload = asdict(config.scorer) | {stage: self.hash(stage) for stage in read}
-        folder = self.manifest.plan(_round("scores", number), payload, parts, ("torch", "numpy"))
+        folder = self.manifest.plan(round_of("scores", number), payload, parts, ("torch", "numpy"))
         job = ScoresJob(
             folder,
             self.images,
@@ -382,7 +197,7 @@ class Sweep:
             payload |= {stage: self.hash(stage) for stage in ("explanations", *others)} | {"sure": config.refine.sure}
             folders = {stage: self.folder(stage) for stage in others}
             earlier = Earlier(before, self.images, **folders, number=number, sure=config.refine.sure)
-        folder = self.manifest.plan(_round("explanations", number), payload, parts, ("torch", "numpy"))
+        folder = self.manifest.plan(round_of("explanations", number), payload, parts, ("torch", "numpy"))
         read = (self.folder("scores"), self.folder("exemplars"))
         job = ExplanationsJob(folder, *read, self.blocks, config.cluster.threads, earlier)
         self._stage(job, self.num_units, "unit")
