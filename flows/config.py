@@ -27,7 +27,7 @@ from tasks.patches import PatchesSettings
 from tasks.phrases import VocabularySettings
 from tasks.probing import ProbingSettings
 from tasks.report import ReportSettings
-from tasks.scorers import ScorerSettings
+from tasks.scorers import SCORERS, ScorerSettings
 from tasks.store import StoreSettings
 from tasks.target import TargetSettings
 
@@ -70,6 +70,8 @@ class Config:
             raise ValueError(f"unit_block={self.unit_block}: must be at least 1")
         if self.patches.k > self.activations.k:
             raise ValueError(f"patches.k={self.patches.k}: must be at most activations.k={self.activations.k}")
+        if SCORERS[self.scorer.name].dense and self.probing.pooled_max == 0:
+            raise ValueError(f"probing.pooled_max=0: must be above 0 for scorer.name={self.scorer.name}")
         if self.refine.rounds:
             check_llm(self.vocabulary.llm)
         if self.run is None:

@@ -173,7 +173,7 @@ class Sweep(VocabularyStages):
 
     def scores(self, number: int = 0) -> None:
         config, parts = self.config, len(self.blocks)
-        read = ("exemplars", "patches", "embeddings", "image_embeddings", "vocabulary")
+        read = ("activations", "exemplars", "patches", "embeddings", "image_embeddings", "vocabulary")
         payload = asdict(config.scorer) | {stage: self.hash(stage) for stage in read}
         folder = self.manifest.plan(round_of("scores", number), payload, parts, ("torch", "numpy"))
         job = ScoresJob(

@@ -1,9 +1,7 @@
 """Scorers: how well each concept fits each unit.
 
 In: the Evidence of a few units. Out: float32 scores [units, concepts]; larger is better, and only their order within a
-unit means anything. Add one with @scorer; its keyword arguments become `scorer.params`.
-
-Shapes: U units, C concepts, P patches and K exemplars per unit, L levels of crop size, D dimensions of CLIP.
+unit means anything. Add one with @scorer(); its keyword arguments become `scorer.params`. Shapes as in tasks.evidence.
 """
 
 import inspect
@@ -15,9 +13,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-PMI: set[str] = set()
-"""Scorers that subtract the marginal of their own values over all units of the layer."""
-SCORERS: dict[str, Callable[..., torch.Tensor]] = {}
+from tasks.evidence import Evidence
+
+Score = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A way to score; an entry of SCORERS."""
+
+    score: Score
+    marginal: float = 0.0
+    """For values that are log p(unit | concept): times that their marginal over all units of the layer is taken off, by
+    the stage, which sees them all."""
+    dense: bool = False
+    """Whether it reads the pooled activations of the explain sample, so that there must be some."""
+
+
+SCORERS: dict[str, Scorer] = {}
 
 
 @dataclass
@@ -31,7 +44,7 @@ class ScorerSettings:
     def __post_init__(self) -> None:
         if self.name not in SCORERS:
             raise ValueError(f"scorer.name={self.name}: allowed are {', '.join(SCORERS)}")
-        allowed = list(inspect.signature(SCORERS[self.name]).parameters)[1:]
+        allowed = list(inspect.signature(SCORERS[self.name].score).parameters)[1:]
         for key in self.params:
             if key not in allowed:
                 raise ValueError(
@@ -41,56 +54,17 @@ class ScorerSettings:
             raise ValueError(f"scorer.keep={self.keep}: must be at least 1")
 
 
-@dataclass
-class Evidence:
-    """What is known of a few units of one layer; everything float32 unless said."""
-
-    concepts_CD: torch.Tensor
-    patches_UPD: torch.Tensor
-    """CLIP vectors of the patches, strongest first; zero where a unit has fewer."""
-    has_patch_UP: torch.Tensor
-    """bool"""
-    levels_UP: torch.Tensor
-    """int64, crop size of each patch."""
-    exemplars_UKD: torch.Tensor
-    """CLIP vectors of the whole exemplar images, strongest first; zero where a unit has fewer."""
-    has_exemplar_UK: torch.Tensor
-    """bool"""
-    weighted_UD: torch.Tensor
-    """Sum over the explain images of activation^3 x (image vector - mean image vector)."""
-    null_mean_LC: torch.Tensor
-    """Mean similarity of random crops of each size to each concept."""
-    null_std_LC: torch.Tensor
-
-    def patch_similarity(self) -> torch.Tensor:
-        """[U, P, C]"""
-        return self.patches_UPD @ self.concepts_CD.T
-
-    def null_z(self) -> torch.Tensor:
-        """[U, C], mean similarity of the patches against as many random crops of the same sizes, in standard errors.
-
-        z = sum_p (s_pc - mean_lc) / sqrt(sum_p std_lc^2) with l the size of patch p: a concept to which everything is
-        similar gets no credit for it, nor does a unit whose patches are small.
-        """
-        has_UP1 = self.has_patch_UP[:, :, None].float()
-        excess = ((self.patch_similarity() - self.null_mean_LC[self.levels_UP]) * has_UP1).sum(1)
-        variance = (self.null_std_LC[self.levels_UP].square() * has_UP1).sum(1)
-        return excess / variance.sqrt().clamp(min=1e-6)
-
-
-def scorer(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def scorer(**how: Any) -> Callable[[Score], Score]:
     """Register under the function's name."""
-    SCORERS[function.__name__] = function
-    return function
+
+    def register(score: Score) -> Score:
+        SCORERS[score.__name__] = Scorer(score, **how)
+        return score
+
+    return register
 
 
-def pmi(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Register a scorer whose values are log p(unit | concept) up to the layer's marginal, which `scores` subtracts."""
-    PMI.add(function.__name__)
-    return scorer(function)
-
-
-@scorer
+@scorer()
 def mean_cosine(evidence: Evidence) -> torch.Tensor:
     """Mean CLIP similarity of the patches to the concept: (1/P) sum_p cos(patch_p, c).
 
@@ -100,13 +74,13 @@ def mean_cosine(evidence: Evidence) -> torch.Tensor:
     return (evidence.patches_UPD.sum(1) / count_U1) @ evidence.concepts_CD.T
 
 
-@scorer
+@scorer()
 def contrastive(evidence: Evidence) -> torch.Tensor:
     """How far the patches' mean similarity lies above that of random crops, in standard errors (Evidence.null_z)."""
     return evidence.null_z()
 
 
-@scorer
+@scorer()
 def weighted_mean(evidence: Evidence) -> torch.Tensor:
     """Activation-weighted mean of the image's similarity to the concept, standardised per concept. Ours.
 
@@ -119,7 +93,118 @@ def weighted_mean(evidence: Evidence) -> torch.Tensor:
     return F.normalize(evidence.weighted_UD, dim=1) @ evidence.concepts_CD.T / evidence.null_std_LC[0]
 
 
-@pmi
+@scorer(dense=True)
+def correlation(evidence: Evidence) -> torch.Tensor:
+    """Pearson correlation of activation and similarity over the explain sample, what validation measures elsewhere.
+
+    The score of Oikarinen and Weng, "Evaluating Neuron Explanations" (ICML 2025, NeuronEval), used for choosing. With
+    centred vectors X it is (a X) . c / (|a| |X c|): no similarity of single images is needed. 0 for constant units.
+    """
+    along_UD, norm_U1 = _along(evidence)
+    return along_UD @ evidence.concepts_CD.T / (norm_U1 * evidence.sample.spread_C)
+
+
+def _along(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over the sample of centred activation x image vector [U, D], and the activation's deviation [U, 1]."""
+    a_US = evidence.activations_US.double()
+    a_US = a_US - a_US.mean(1, keepdim=True)
+    count = max(a_US.shape[1], 1)
+    norm_U1 = (a_US.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-12)
+    return (a_US.float() @ evidence.sample.images_SD) / count, norm_U1.float()
+
+
+@scorer(dense=True)
+def cos_cubed(evidence: Evidence) -> torch.Tensor:
+    """Cosine of the cubes of centred activations and centred similarities over the explain sample.
+
+    cos(q^3, P_c^3) with q and P_c centred, of CLIP-Dissect (Oikarinen and Weng, ICLR 2023, section 3.3).
+    """
+    a_US = evidence.activations_US
+    q_US = F.normalize((a_US - a_US.mean(1, keepdim=True)) ** 3, dim=1)
+    return q_US @ F.normalize(evidence.sample.similarity_SC**3, dim=0, eps=1e-12)
+
+
+@scorer(dense=True)
+def rank_reorder(
+    evidence: Evidence, *, p: float = 3.0, top_fraction: float = 0.05, scale_p: float = 0.5
+) -> torch.Tensor:
+    """How little the unit's largest activations change when they are put in the order of the similarities.
+
+    CLIP-Dissect (Oikarinen and Weng, ICLR 2023, section 3.3 and the authors' code, with its defaults): of the top 5 %
+    images, sum |q - reorder(q, P_c)|^p over the same for a random order, divided by (mean P_c)^0.5; negated. For the
+    random order we take its exact expectation instead of five drawn ones, the same for all concepts. A mean similarity
+    below 0.001 counts as that.
+    """
+    sample, a_US = evidence.sample, evidence.activations_US
+    top = max(int(a_US.shape[1] * top_fraction), 1)
+    values_UT, index_UT = a_US.sort(dim=1, descending=True, stable=True)
+    values_UT, index_UT = values_UT[:, :top], index_UT[:, :top]
+    random_U = (values_UT[:, :, None] - values_UT[:, None]).abs().pow(p).mean((1, 2)).clamp(min=1e-12)
+    found = []
+    for values_T, index_T, random in zip(values_UT, index_UT, random_U, strict=True):  # [U, T, C] would not fit
+        similarity_TC = (sample.images_SD[index_T] + sample.mean_D) @ evidence.concepts_CD.T
+        place_TC = similarity_TC.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+        error_C = (values_T[:, None] - values_T[place_TC]).abs().pow(p).mean(0) / random
+        found.append(-error_C / similarity_TC.mean(0).clamp(min=1e-3) ** scale_p)
+    return torch.stack(found)
+
+
+@scorer(dense=True)
+def auc(evidence: Evidence, *, share: float = 0.05) -> torch.Tensor:
+    """Chance that an image of the concept excites the unit more than another image does, ties half.
+
+    The score of INVERT (Bykov et al., "Labeling Neural Representations with Inverse Recognition", NeurIPS 2023), with
+    the rank sum of Mann and Whitney. INVERT has labelled images; here an image is of a concept if its similarity is
+    among the largest `share` of the explain sample.
+    """
+    similarity_SC = evidence.sample.similarity_SC
+    images = len(similarity_SC)
+    count = min(max(round(images * share), 1), max(images - 1, 1))
+    is_of_SC = torch.zeros_like(similarity_SC).scatter_(0, similarity_SC.topk(count, dim=0).indices, 1)
+    rank_sum_UC = ranks(evidence.activations_US) @ is_of_SC
+    return (rank_sum_UC - count * (count + 1) / 2) / (count * max(images - count, 1))
+
+
+def ranks(values_US: torch.Tensor) -> torch.Tensor:
+    """float32 [U, S], 1 for the smallest of each row; equal values share the mean of their ranks."""
+    ordered_US, place_US = values_US.sort(dim=1)
+    number_S = torch.arange(values_US.shape[1], device=values_US.device)
+    starts_US = F.pad(ordered_US[:, 1:] != ordered_US[:, :-1], (1, 0), value=True)
+    first_US = torch.where(starts_US, number_S, 0).cummax(1).values
+    ends_US = F.pad(starts_US[:, 1:], (0, 1), value=True)
+    last_US = torch.where(ends_US, number_S, values_US.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.empty_like(values_US).scatter_(1, place_US, (first_US + last_US).float() / 2 + 1)
+
+
+@scorer(dense=True)
+def linear(evidence: Evidence, *, terms: int = 5) -> torch.Tensor:
+    """Sparse linear explanation: the coefficients of the few concepts that together follow the unit best.
+
+    After Oikarinen and Weng, "Linear Explanations for Individual Neurons" (ICML 2024): activation ~ sum_k w_k s_k over
+    the explain sample. Ours selects greedily (orthogonal matching pursuit, Pati et al. 1993) among all concepts instead
+    of fitting an elastic net to candidates, and refits after each. A chosen concept's score is its standardised
+    coefficient w_k std s_k / std a; another's is what it would get beside them, at most the smallest chosen one's. All
+    of it follows from the covariance of the image vectors: no similarity of single images is needed.
+    """
+    concepts_CD, sample = evidence.concepts_CD, evidence.sample
+    along_UD, norm_U1 = _along(evidence)
+    chosen, weights_UK = [], torch.zeros(len(along_UD), 0, device=along_UD.device)
+    scores_UC = along_UD @ concepts_CD.T / (norm_U1 * sample.spread_C)
+    for _ in range(min(terms, len(concepts_CD))):
+        free_UC = scores_UC if not chosen else scores_UC.scatter(1, torch.stack(chosen, 1), -torch.inf)
+        chosen.append(free_UC.argmax(1))
+        picked_UKD = concepts_CD[torch.stack(chosen, 1)] / sample.spread_C[torch.stack(chosen, 1)][:, :, None]
+        follows_UKD = picked_UKD @ sample.covariance_DD
+        gram_UKK = follows_UKD @ picked_UKD.transpose(1, 2) + 1e-4 * torch.eye(len(chosen), device=along_UD.device)
+        weights_UK = torch.linalg.solve(gram_UKK, (picked_UKD @ along_UD[:, :, None])[:, :, 0])
+        left_UD = along_UD - (weights_UK[:, :, None] * follows_UKD).sum(1)
+        scores_UC = left_UD @ concepts_CD.T / (norm_U1 * sample.spread_C)
+    coefficients_UK = weights_UK / norm_U1
+    beside_UC = scores_UC.minimum(coefficients_UK.min(1, keepdim=True).values)
+    return beside_UC.scatter(1, torch.stack(chosen, 1), coefficients_UK)
+
+
+@scorer(marginal=1.0)
 def soft_wpmi(
     evidence: Evidence, *, top_k: int = 100, a: float = 10.0, p_start: float = 0.998, p_end: float = 0.97
 ) -> torch.Tensor:
@@ -129,15 +214,27 @@ def soft_wpmi(
     the rank: log p(unit | c) = sum_x log(1 + p_x (P(c | x) - 1)). The stage subtracts the log of its mean over all
     units of the layer. Defaults as published (top 100 images, a = 10).
     """
-    exemplars = evidence.exemplars_UKD[:, :top_k]
-    has = evidence.has_exemplar_UK[:, :top_k]
-    rank = torch.arange(exemplars.shape[1], device=exemplars.device)
-    inside_K = p_start - rank / top_k * (p_start - p_end)
-    found = []
-    for unit, keep in zip(exemplars, has, strict=True):  # U is a chunk of a few units; [U, K, C] at once would not fit
-        likely_KC = (a * (unit[keep] @ evidence.concepts_CD.T)).softmax(1)
-        found.append((1 + inside_K[keep, None] * (likely_KC - 1) + 1e-7).log().sum(0))
-    return torch.stack(found)
+    log_likely_UKC, has_UK1 = _log_likely(evidence, top_k, a)
+    rank_K = torch.arange(log_likely_UKC.shape[1], device=log_likely_UKC.device)
+    inside_K1 = (p_start - rank_K / top_k * (p_start - p_end))[:, None]
+    return ((1 + inside_K1 * (log_likely_UKC.exp() - 1) + 1e-7).log() * has_UK1).sum(1)
+
+
+@scorer(marginal=0.6)
+def wpmi(evidence: Evidence, *, top_k: int = 28, a: float = 2.0) -> torch.Tensor:
+    """Weighted pointwise mutual information of CLIP-Dissect (Oikarinen and Weng, ICLR 2023, section 3.3).
+
+    log p(unit | c) = sum_x log P(c | x) over the exemplars, P as in soft_wpmi; the stage subtracts 0.6 times the log of
+    its mean over all units of the layer. Defaults of the authors' code (top 28 images, a = 2).
+    """
+    log_likely_UKC, has_UK1 = _log_likely(evidence, top_k, a)
+    return ((log_likely_UKC.exp() + 1e-7).log() * has_UK1).sum(1)
+
+
+def _log_likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax_c(a cos(x, c)) of the strongest exemplars [U, K, C], and which there are [U, K, 1]."""
+    similarity_UKC = evidence.exemplars_UKD[:, :top_k] @ evidence.concepts_CD.T
+    return (a * similarity_UKC).log_softmax(2), evidence.has_exemplar_UK[:, :top_k, None].float()
 
 
 def unexplained(weighted_UD: torch.Tensor, concept_UD: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Stage scores: the best concepts of every unit.
 
-In: patches and their embeddings, exemplars, unit_stats, image embeddings, concepts and their embeddings. Out: the kept
-concepts of each unit, ranked; among them the one that says most beside the best. Units go through in chunks of one
-fixed size, so memory does not depend on the block.
+In: patches and their embeddings, exemplars, unit_stats, pooled activations of the explain sample, image embeddings,
+concepts and their embeddings. Out: the kept concepts of each unit, ranked; among them the one that says most beside the
+best. Units go through in chunks of one fixed size, so memory does not depend on the block.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from tasks.correlation import read_block
 from tasks.crops import MAX_CROPS
+from tasks.evidence import Evidence, Sample
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.scorers import PMI, SCORERS, Evidence, ScorerSettings, log_mean_exp, unexplained
+from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, unexplained
 from tasks.store import Folder, PartReport, hash64
 from tasks.tables import make_table, matrix
 
@@ -39,6 +41,7 @@ SHARE_Z = 1.645
 class ScoresJob:
     out: Folder
     images: ImageList
+    activations: Folder
     exemplars: Folder
     patches: Folder
     embeddings: Folder
@@ -58,6 +61,7 @@ class ScoresWorker:
 
     def __init__(self, job: ScoresJob) -> None:
         self.job, self.device = job, worker_device(job.threads)
+        self.scorer = SCORERS[job.settings.name]
         self.marginal = lru_cache(maxsize=4)(self._marginal)
 
     @cached_property
@@ -120,13 +124,25 @@ class ScoresWorker:
             total, chosen = total + centred.T @ centred, chosen + len(rows)
         return (total / max(chosen, 1)).float().to(self.device)
 
+    @cached_property
+    def in_sample(self) -> np.ndarray:
+        """bool, which of the stored images are of the explain split."""
+        return self.job.images.explain[self.job.images.stored]
+
+    @cached_property
+    def sample(self) -> Sample:
+        images = self.images_ND[self.job.images.stored][self.in_sample].astype(np.float32)
+        vectors_SD = torch.from_numpy(images).to(self.device)
+        mean_D = vectors_SD.mean(0) if len(vectors_SD) else vectors_SD.sum(0)
+        return Sample(vectors_SD - mean_D, mean_D, self.concepts_CD)
+
     def run(self, part: int) -> PartReport:
         report, block = PartReport(part), self.job.blocks[part]
         with report.phase("read"):
             _ = self.concepts_CD, self.crops, self.null, self.covariance_DD
         with report.phase("compute"), torch.inference_mode():
             layer = [i for i, b in enumerate(self.job.blocks) if b.layer == block.layer]
-            marginal = self.marginal(tuple(layer)) if self.job.settings.name in PMI else 0
+            marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
             chunks = [self._kept(block, start, e, s - marginal) for start, e, s in self._scored(part)]
         table = make_table("scores", {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]})
         with report.phase("write"):
@@ -146,10 +162,12 @@ class ScoresWorker:
         exemplars = self.job.exemplars.read("exemplars", part, columns=["unit", "tail", "rank", "image"])
         exemplars = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))
         stats = self.job.exemplars.read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
+        pooled_US = read_block(self.job.activations, self.job.images, part)[:, self.in_sample]
         for start in range(block.start, block.stop, CHUNK):
             units = np.arange(start, min(start + CHUNK, block.stop))
-            evidence = self._evidence(units, patches, exemplars, stats.slice(start - block.start, len(units)))
-            yield start, evidence, SCORERS[self.job.settings.name](evidence, **params)
+            rows = slice(start - block.start, start - block.start + len(units))
+            evidence = self._evidence(units, patches, exemplars, stats.slice(rows.start, len(units)), pooled_US[rows])
+            yield start, evidence, self.scorer.score(evidence, **params)
 
     def _patches(self, part: int) -> pa.Table:
         columns = ["unit", "tail", "rank", "crop_id"]
@@ -157,7 +175,9 @@ class ScoresWorker:
         found = pa.concat_tables([self.job.patches.read("patches", s, columns=columns, group=part) for s in shards])
         return found.filter(pc.call_function("equal", [found["tail"], "top"]))
 
-    def _evidence(self, units: np.ndarray, patches: pa.Table, exemplars: pa.Table, stats: pa.Table) -> Evidence:
+    def _evidence(
+        self, units: np.ndarray, patches: pa.Table, exemplars: pa.Table, stats: pa.Table, pooled_US: np.ndarray
+    ) -> Evidence:
         ids, vectors, levels = self.crops
         crop_UP = _by_rank(patches, "crop_id", units, self.job.num_patches)
         image_UK = _by_rank(exemplars, "image", units, self.job.k)
@@ -177,6 +197,8 @@ class ScoresWorker:
             weighted_UD=device(weighted),
             null_mean_LC=self.null[0],
             null_std_LC=self.null[1],
+            sample=self.sample,
+            activations_US=device(pooled_US),
         )
 
     def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ from tasks.correlation import correlations, fisher
 from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.scorers import PMI, SCORERS, Evidence, log_mean_exp, unexplained
+from tasks.evidence import Evidence, Sample
+from tasks.scorers import SCORERS, log_mean_exp, ranks, unexplained
 from tasks.scores import adding
 from tasks.tables import make_table
 from tasks.validation import best_rival
@@ -27,8 +28,9 @@ def unit_norm(rng, *shape):
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def evidence(seed, units=5, patches=4, exemplars=7, concepts=11, width=6):
-    """Random evidence; unit 1 has fewer patches and exemplars, unit 2 has none (dead)."""
+def evidence(seed, units=5, patches=4, exemplars=7, concepts=11, width=6, images=83):
+    """Random evidence; unit 1 has fewer patches and exemplars, unit 2 has none (dead), unit 3 is always negative, unit
+    4 has ties (mostly zero)."""
     rng = np.random.default_rng(seed)
     has_patch, has_exemplar = np.ones((units, patches), bool), np.ones((units, exemplars), bool)
     has_patch[1, 2:] = has_exemplar[1, 3:] = False
@@ -44,7 +46,16 @@ def evidence(seed, units=5, patches=4, exemplars=7, concepts=11, width=6):
         "null_mean_LC": rng.normal(size=(3, concepts)).astype(np.float32) / 10,
         "null_std_LC": (0.05 + rng.random((3, concepts))).astype(np.float32),
     }
-    return Evidence(**{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}), arrays
+    vectors, a = unit_norm(rng, images, width), rng.normal(size=(units, images)).astype(np.float32)
+    a[2:3], a[3:4], a[4:] = 0, -1 - np.abs(a[3:4]), a[4:].clip(0.5) - 0.5
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in (arrays | {"activations_US": a}).items()}
+    mean = vectors.mean(0)
+    sample = Sample(torch.from_numpy(vectors - mean), torch.from_numpy(mean), tensors["concepts_CD"])
+    found = Evidence(**tensors, sample=sample)
+    return found, {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in arrays.items()} | {
+        "similarity": vectors.astype(np.float64) @ arrays["concepts_CD"].T.astype(np.float64),
+        "activations": a.astype(np.float64),
+    }
 
 
 def slow(name, a, unit, concept):
@@ -62,14 +73,57 @@ def slow(name, a, unit, concept):
     if name == "weighted_mean":
         w = a["weighted_UD"][unit].astype(np.float64)
         return w @ c / np.linalg.norm(w) / a["null_std_LC"][0, concept]
-    assert name == "soft_wpmi"
+    if name in ("soft_wpmi", "wpmi"):
+        return slow_pmi(name, a, unit, concept)
+    return slow_dense(name, a["activations"][unit], a["similarity"], concept)
+
+
+def slow_pmi(name, a, unit, concept):
     total = 0.0
     for rank, (x, has) in enumerate(zip(a["exemplars_UKD"][unit], a["has_exemplar_UK"][unit], strict=True)):
         if has:
-            likely = np.exp(10 * a["concepts_CD"].astype(np.float64) @ x)
+            likely = np.exp((10 if name == "soft_wpmi" else 2) * a["concepts_CD"] @ x)
+            likely = likely[concept] / likely.sum()
             inside = 0.998 - rank / 100 * (0.998 - 0.97)
-            total += np.log(1 + inside * (likely[concept] / likely.sum() - 1) + 1e-7)
+            total += np.log((1 + inside * (likely - 1) if name == "soft_wpmi" else likely) + 1e-7)
     return total
+
+
+def slow_dense(name, a, similarity, concept):
+    s = similarity[:, concept]
+    if name == "correlation":
+        return np.corrcoef(a, s)[0, 1] if a.std() else 0.0
+    if name == "cos_cubed":
+        q, p = (a - a.mean()) ** 3, (s - s.mean()) ** 3
+        return q @ p / np.linalg.norm(q) / np.linalg.norm(p) if q.any() else 0.0
+    if name == "auc":
+        of = np.isin(np.arange(len(s)), np.argsort(-s)[: round(len(s) * 0.05)])
+        return np.mean([(x > y) + (x == y) / 2 for x in a[of] for y in a[~of]])
+    if name == "linear":
+        return slow_linear(a, similarity)[concept]
+    assert name == "rank_reorder"
+    top = sorted(range(len(a)), key=lambda i: -a[i])[: int(len(a) * 0.05)]
+    by_similarity = sorted(range(len(top)), key=lambda i: -s[top[i]])
+    error = sum(abs(a[top[place]] - a[top[rank]]) ** 3 for rank, place in enumerate(by_similarity)) / len(top)
+    random = np.mean([abs(a[i] - a[j]) ** 3 for i in top for j in top])
+    return -error / max(random, 1e-12) / max(np.mean(s[top]), 1e-3) ** 0.5
+
+
+def slow_linear(a, similarity):
+    """Greedy regression on standardised columns, refitted after each choice."""
+    x, y, chosen = (similarity - similarity.mean(0)) / similarity.std(0), a - a.mean(), []
+    rest, weights = y, np.zeros(0)
+    deviation = max(a.std(), 1e-12)
+    for _ in range(5):
+        follow = x.T @ rest
+        follow[chosen] = -np.inf
+        chosen.append(int(follow.argmax()))
+        picked = x[:, chosen]
+        weights = np.linalg.solve(picked.T @ picked / len(y) + 1e-4 * np.eye(len(chosen)), picked.T @ y / len(y))
+        rest = y - picked @ weights
+    scores = np.minimum(x.T @ rest / len(y), weights.min())
+    scores[chosen] = weights
+    return scores / deviation
 
 
 @pytest.mark.parametrize("name", list(SCORERS))
@@ -77,10 +131,16 @@ def slow(name, a, unit, concept):
 @given(seed=st.integers(0, 1000))
 def test_scorers_equal_their_formulas(name, seed):
     found, arrays = evidence(seed)
-    scores = SCORERS[name](found)
+    scores = SCORERS[name].score(found)
     assert scores.shape == (5, 11)
     expected = [[slow(name, arrays, u, c) for c in range(11)] for u in range(5)]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_ranks_share_ties(rows):
+    expected = [[sum(y < x for y in row) + (sum(y == x for y in row) + 1) / 2 for x in row] for row in rows]
+    assert ranks(torch.tensor(rows, dtype=torch.float32)).tolist() == expected
 
 
 @given(seed=st.integers(0, 10_000))
@@ -115,8 +175,8 @@ def test_what_adds_comes_second(adds, expected):
 
 
 def test_marginal_of_parts_is_the_marginal_of_the_whole():
-    assert {"soft_wpmi"} == PMI
-    scores = SCORERS["soft_wpmi"](evidence(0)[0]).double()
+    assert {name: s.marginal for name, s in SCORERS.items() if s.marginal} == {"soft_wpmi": 1.0, "wpmi": 0.6}
+    scores = SCORERS["soft_wpmi"].score(evidence(0)[0]).double()
     halves = torch.stack([scores[:2].logsumexp(0), scores[2:].logsumexp(0)]).logsumexp(0)
     expected = torch.log(torch.exp(scores).mean(0))
     torch.testing.assert_close(log_mean_exp(halves, 5), expected)

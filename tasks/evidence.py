@@ -1,0 +1,78 @@
+"""What is known of a few units when their concepts are scored.
+
+In: vectors and activations laid out by the stage. Out: Evidence, and what several scorers need of it.
+
+Shapes: U units, C concepts, P patches and K exemplars per unit, L levels of crop size, S images of the explain sample,
+D dimensions of CLIP.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass
+class Sample:
+    """The explain images whose pooled activations are stored, the same for all units of a run."""
+
+    images_SD: torch.Tensor
+    """CLIP vectors minus their mean over the sample."""
+    mean_D: torch.Tensor
+    """That mean."""
+    concepts_CD: torch.Tensor
+
+    @cached_property
+    def covariance_DD(self) -> torch.Tensor:
+        """Of the vectors; zero without images."""
+        return (self.images_SD.T.double() @ self.images_SD.double() / max(len(self.images_SD), 1)).float()
+
+    @cached_property
+    def spread_C(self) -> torch.Tensor:
+        """Standard deviation of the similarity of the images to each concept."""
+        return ((self.concepts_CD @ self.covariance_DD) * self.concepts_CD).sum(1).clamp(min=1e-12).sqrt()
+
+    @cached_property
+    def similarity_SC(self) -> torch.Tensor:
+        """Similarity minus its mean over the sample. Large: only scorers that are not linear in it may ask."""
+        return self.images_SD @ self.concepts_CD.T
+
+
+@dataclass
+class Evidence:
+    """What is known of a few units of one layer; everything float32 unless said."""
+
+    concepts_CD: torch.Tensor
+    patches_UPD: torch.Tensor
+    """CLIP vectors of the patches, strongest first; zero where a unit has fewer."""
+    has_patch_UP: torch.Tensor
+    """bool"""
+    levels_UP: torch.Tensor
+    """int64, crop size of each patch."""
+    exemplars_UKD: torch.Tensor
+    """CLIP vectors of the whole exemplar images, strongest first; zero where a unit has fewer."""
+    has_exemplar_UK: torch.Tensor
+    """bool"""
+    weighted_UD: torch.Tensor
+    """Sum over the explain images of activation^3 x (image vector - mean image vector)."""
+    null_mean_LC: torch.Tensor
+    """Mean similarity of random crops of each size to each concept."""
+    null_std_LC: torch.Tensor
+    sample: Sample
+    activations_US: torch.Tensor
+    """Pooled activations on the images of the sample."""
+
+    def patch_similarity(self) -> torch.Tensor:
+        """[U, P, C]"""
+        return self.patches_UPD @ self.concepts_CD.T
+
+    def null_z(self) -> torch.Tensor:
+        """[U, C], mean similarity of the patches against as many random crops of the same sizes, in standard errors.
+
+        z = sum_p (s_pc - mean_lc) / sqrt(sum_p std_lc^2) with l the size of patch p: a concept to which everything is
+        similar gets no credit for it, nor does a unit whose patches are small.
+        """
+        has_UP1 = self.has_patch_UP[:, :, None].float()
+        excess = ((self.patch_similarity() - self.null_mean_LC[self.levels_UP]) * has_UP1).sum(1)
+        variance = (self.null_std_LC[self.levels_UP].square() * has_UP1).sum(1)
+        return excess / variance.sqrt().clamp(min=1e-6)
