@@ -14,6 +14,7 @@ FLOWS = {
     "sweep": ("name every unit of the chosen layers", "axonym sweep target=resnet50 probing.uri=photos run=first"),
     "status": ("stage by stage, part by part, read from the store", "axonym status run=first"),
     "world": ("make the drawn world's models from nothing", "axonym world out=my_world seed=1"),
+    "benchmark": ("every scorer judged by what is known", "axonym benchmark experiment=world scorers=auc,correlation"),
     "show": ("one neuron in the terminal", "axonym show run=first layer=layer4.2 unit=17"),
 }
 

@@ -113,6 +113,7 @@ class EvidenceStages:
             "preprocess": asdict(self.target.preprocess),
             "layers": layers,
             "unit_block": self.config.unit_block,
+            "shuffled": self.config.target.shuffled,
         }
 
     def _target_pass(self) -> TargetPass:

@@ -36,6 +36,7 @@ TABLES = {
     "drawn": ("drawn",),
     "report": ("pages",),
     "world": ("measures", "planted"),
+    "benchmark": ("benchmark",),
 }
 """Tables of each stage; the first-named is put last."""
 

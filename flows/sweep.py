@@ -37,6 +37,7 @@ from tasks.neurons import NeuronsJob
 from tasks.phrases import VocabularySettings, identity
 from tasks.probing import list_images
 from tasks.report import ReportJob, num_parts, templates
+from tasks.scorers import ScorerSettings
 from tasks.scores import ScoresJob
 from tasks.store import Store
 from tasks.target import random_twin
@@ -86,10 +87,9 @@ class Sweep(VocabularyStages):
 
     def _twin(self) -> "Sweep":
         """This sweep with random weights, all else the same. Raises ValueError where the target has none."""
-        config, twin = self.config, copy(self)
+        config = self.config
         target, neurons = random_twin(config.target, self.target.preprocess), replace(config.neurons, twin=False)
-        twin.config = replace(config, run=f"{config.run}-twin", target=target, neurons=neurons)
-        twin.manifest = Run(str(twin.config.run), config.store, asdict(twin.config))
+        twin = self.variant("twin", target=target, neurons=neurons)
         twin.target = describe(target, config.layers)
         if twin.target.digest == self.target.digest or twin.target.layers != self.target.layers:
             instead = "its weights or layers are fixed; make them random and give the trained ones as target.checkpoint"
@@ -99,20 +99,26 @@ class Sweep(VocabularyStages):
 
     def _against(self, path: str) -> "Sweep":
         """This sweep with the names of a word list."""
-        config, other = self.config, copy(self)
-        words = VocabularySettings(path=None if path == "lexicon" else path, merge=config.vocabulary.merge)
-        other.config = replace(config, run=f"{config.run}-lexicon", vocabulary=words, refine=RefineSettings())
-        other.manifest = Run(str(other.config.run), config.store, asdict(other.config))
+        words = VocabularySettings(path=None if path == "lexicon" else path, merge=self.config.vocabulary.merge)
+        other = self.variant("lexicon", vocabulary=words, refine=RefineSettings())
         other.words, other.prompts, other.class_names = identity(words), [], []
         return other
 
+    def variant(self, name: str, **changes: Any) -> "Sweep":
+        """This sweep as a run of its own, <run>-<name>, with some groups of the config changed."""
+        other = copy(self)
+        other.config = replace(self.config, run=f"{self.config.run}-{name}", **changes)
+        other.manifest = Run(str(other.config.run), self.config.store, asdict(other.config))
+        return other
+
+    def scored_by(self, scorer: str) -> "Sweep":
+        """This sweep with another scorer and its published values, the twin too."""
+        other = self.variant(scorer, scorer=ScorerSettings(scorer, keep=self.config.scorer.keep))
+        other.twin = other._twin() if self.twin else None
+        return other
+
     def run(self) -> None:
-        self.explain()
-        if self.twin:
-            self.twin.explain(self.manifest)
-            self.twin.neurons()
-            self.worked |= self.twin.worked
-        self.neurons()
+        self.name()
         if self.lexicon:
             self.lexicon.explain()
             self.worked |= self.lexicon.worked
@@ -123,6 +129,15 @@ class Sweep(VocabularyStages):
         store = Store(self.config.store)
         print("" if self.worked else "everything was done already; nothing was computed")
         print(f"look at  {store.path(self.folder('report').name)}/index.html")
+
+    def name(self) -> None:
+        """Every stage up to a status for every unit, the twin's too."""
+        self.explain()
+        if self.twin:
+            self.twin.explain(self.manifest)
+            self.twin.neurons()
+            self.worked |= self.twin.worked
+        self.neurons()
 
     def explain(self, words: Run | None = None) -> None:
         """Every stage up to the validation of the names; with the vocabulary of another run where one is given."""

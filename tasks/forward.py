@@ -45,6 +45,7 @@ class HookedTarget:
         self.layers = {layer.name: layer for layer in work.layers}
         self.images, self.preprocess = work.images, target.preprocess
         self.model = target.model.to(self.device, self.dtype)
+        self.shuffled = work.target.shuffled
 
     def run(
         self,
@@ -53,7 +54,8 @@ class HookedTarget:
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
         """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
-        pixels = self.images.batches(batches, self.preprocess)
+        seen = [self.images.partner[numbers] for numbers in batches] if self.shuffled else batches
+        pixels = self.images.batches(seen, self.preprocess)
         self._run(zip(batches, pixels, strict=True), on_layer, after_batch)
 
     def run_arrays(self, arrays_NHWC: np.ndarray, on_layer: Callable[[Layer, Any], None]) -> None:

@@ -160,6 +160,14 @@ class ImageList:
             chosen[members[np.argmin(self._hash[members])]] = True
         return chosen
 
+    @cached_property
+    def partner(self) -> np.ndarray:
+        """int64, another readable image for each, in the order of their hashes; an unreadable one is its own."""
+        partner, known = np.arange(len(self)), np.flatnonzero(self.ok)
+        known = known[np.argsort(self._hash[known], kind="stable")]
+        partner[known] = np.roll(known, 1)
+        return partner
+
     @property
     def num_shards(self) -> int:
         return -(-len(self) // self.shard_size)

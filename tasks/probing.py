@@ -40,6 +40,10 @@ class ProbingSettings:
     explain: float = 0.7
     select: float = 0.1
     validate: float = 0.2
+    seed: int = 0
+    """Another number splits the images anew."""
+    half: int | None = None
+    """0 or 1: of the explain images only this half is used. Names that both halves agree on are stable."""
     shard_size: int = 1024
     """Images per shard: the unit of work and of resume. A multiple of batch_size."""
     batch_size: int = 32
@@ -58,6 +62,8 @@ class ProbingSettings:
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6 or self.explain == 0:
             found = ", ".join(f"probing.{s}={v}" for s, v in shares.items())
             raise ValueError(f"{found}: shares must be at least 0, sum to 1, and explain must be above 0")
+        if self.half not in (None, 0, 1):
+            raise ValueError(f"probing.half={self.half}: allowed are 0, 1 and null")
         if self.batch_size < 1:
             raise ValueError(f"probing.batch_size={self.batch_size}: must be at least 1")
         if self.pooled_max < 0:
@@ -227,9 +233,12 @@ def _labels(settings: ProbingSettings) -> dict[str, str]:
         raise ValueError(f"probing.labels={settings.labels}: expected {expected}: {error}") from None
 
 
-def split_of(content: str, explain: float, select: float) -> str:
+def split_of(content: str, explain: float, select: float, seed: int = 0, half: int | None = None) -> str:
     """Split of an image by the hash of its bytes: copies of one image fall into the same split."""
-    place = int(content[:13], 16) / 16**13
+    digest = hashlib.sha256(f"{seed}:{content}".encode()).hexdigest() if seed else content
+    place = int(digest[:13], 16) / 16**13
+    if half is not None and place < explain and (place >= explain / 2) != half:
+        return "unused"
     return SPLITS[0] if place < explain else SPLITS[1] if place < explain + select else SPLITS[2]
 
 
@@ -271,5 +280,5 @@ class ProbingWorker:
         except OSError:
             status = "unreadable"
         content = hashlib.sha256(data).hexdigest()
-        split = split_of(content, settings.explain, settings.select)
+        split = split_of(content, settings.explain, settings.select, settings.seed, settings.half)
         return {"width": width, "height": height, "content": content, "split": split, "status": status}

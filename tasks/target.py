@@ -48,6 +48,8 @@ class TargetSettings:
     """float32, float16, bfloat16, or auto: float32 on a CPU, on a GPU the smallest that keeps the float32 top 20."""
     seed: int = 0
     """Of the random weights, where there are no others."""
+    shuffled: bool = False
+    """A control: the model sees another image than the one CLIP sees, so that no name can be true of its units."""
 
     def __post_init__(self) -> None:
         if self.source not in LOADERS:

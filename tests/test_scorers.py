@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.correlation import correlations, fisher
+from tasks.evidence import Evidence, Sample
 from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.evidence import Evidence, Sample
 from tasks.scorers import SCORERS, log_mean_exp, ranks, unexplained
 from tasks.scores import adding
 from tasks.tables import make_table

@@ -1,0 +1,141 @@
+"""axonym benchmark: every scorer on the same evidence, judged by what is known.
+
+In: overrides of the config as for a sweep; scorers=a,b (default: all), halves=true (name twice more, from disjoint
+halves of the images), annotations=FILE (CSV: layer, unit, description). Out: one table per benchmark, printed and as
+Parquet. Each scorer is a run of its own, <run>-<scorer>; all that comes before the scores is made once.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flows.config import Config, compose, flow_arguments
+from flows.run import Run
+from flows.stage import Work, run_stage
+from flows.sweep import Sweep
+from tasks.benchmark import NO_SCORER, BenchmarkJob, Named, read_annotations
+from tasks.scorers import SCORERS
+from tasks.store import Folder, Store, fingerprint
+
+
+def main(arguments: list[str]) -> int:
+    own, rest = flow_arguments(
+        arguments, {"scorers": str, "halves": str, "annotations": str}, scorers="", halves="false", annotations=""
+    )
+    scorers = own["scorers"].strip("[]").split(",") if own["scorers"] else [*SCORERS]
+    if unknown := [name for name in scorers if name not in SCORERS]:
+        raise ValueError(f"scorers={own['scorers']}: unknown: {unknown[0]}; allowed are {', '.join(SCORERS)}")
+    if own["halves"] not in ("true", "false"):
+        raise ValueError(f"halves={own['halves']}: allowed are true, false")
+    if own["annotations"]:
+        read_annotations(own["annotations"])
+    benchmark = Benchmark(Sweep(compose(rest)), scorers, own["halves"] == "true", own["annotations"] or None)
+    print("\n" + "\n".join(benchmark.run()))
+    return 0
+
+
+@dataclass
+class Runs:
+    """What one scorer named."""
+
+    run: Sweep
+    shuffled: Sweep
+    halves: list[Sweep]
+
+    def named(self) -> Named:
+        twin = {"randomly initialised": self.run.twin} if self.run.twin else {}
+        controls = {name: sweep.folder("neurons") for name, sweep in (twin | {"shuffled": self.shuffled}).items()}
+        return Named(self.run.folder("neurons"), controls, [half.folder("neurons") for half in self.halves])
+
+
+class Benchmark:
+    """Runs of one sweep that differ in the scorer, their controls, and what is found when they are judged."""
+
+    def __init__(self, sweep: Sweep, scorers: list[str], halves: bool, annotations: str | None) -> None:
+        self.sweep, self.scorers, self.annotations = sweep, scorers, annotations
+        config, neurons = sweep.config, replace(sweep.config.neurons, twin=False)
+        self.shuffled = sweep.variant("shuffled", target=replace(config.target, shuffled=True))
+        probing = [replace(config.probing, half=half) for half in (0, 1)] if halves else []
+        self.halves = [
+            Sweep(replace(config, run=f"{config.run}-half{p.half}", probing=p, neurons=neurons)) for p in probing
+        ]
+
+    def run(self) -> list[str]:
+        """Make and judge all runs; the tables as lines of text."""
+        folder = self._judged({scorer: self._runs(scorer) for scorer in self.scorers})
+        place = Store(self.sweep.config.store).path(folder.name)
+        return [*tables(folder.read_all("benchmark").to_pylist()), f"written to {place}"]
+
+    def _runs(self, scorer: str) -> Runs:
+        """Name all units with one scorer, in the run itself and in its controls."""
+        run, shuffled = self.sweep.scored_by(scorer), self.shuffled.scored_by(scorer)
+        halves = [half.scored_by(scorer) for half in self.halves]
+        run.name()
+        shuffled.twin = run.twin
+        for other in (shuffled, *halves):
+            other.explain(run.manifest)
+            other.neurons()
+        return Runs(run, shuffled, halves)
+
+    def _judged(self, runs: dict[str, Runs]) -> Folder:
+        config, first = self.sweep.config, runs[self.scorers[0]].run
+        named, truth = {scorer: found.named() for scorer, found in runs.items()}, planted_units(config)
+        read = ("activations", "image_embeddings", "vocabulary")
+        payload: dict[str, Any] = {stage: first.hash(stage) for stage in read}
+        payload |= {"named": {scorer: n.identity() for scorer, n in named.items()}}
+        payload |= {"planted": truth and fingerprint({"rows": truth.to_pylist()}), "annotations": self.annotations}
+        manifest = Run(f"{config.run}-benchmark", config.store, asdict(config))
+        folder = manifest.plan("benchmark", payload, 1, ("torch", "numpy"))
+        manifest.save()
+        job = BenchmarkJob(
+            folder,
+            first.images,
+            **{stage: first.folder(stage) for stage in read},
+            blocks=first.blocks,
+            clip=config.clip,
+            threads=config.cluster.threads,
+            named=named,
+            class_names=first.target.class_names or [],
+            planted=truth,
+            annotations=self.annotations,
+        )
+        run_stage(Work(folder, "tasks.benchmark:BenchmarkWorker", job, 1, 1, "benchmark", False), config.cluster)
+        return folder
+
+
+def planted_units(config: Config) -> pa.Table | None:
+    """The truth about the target's units where it is a trained net of the drawn world."""
+    checkpoint = Path(config.target.checkpoint or "")
+    if checkpoint.parent != Path(config.world):
+        return None
+    return pq.read_table(f"{config.world}/planted.parquet", filters=[("net", "==", checkpoint.stem)])
+
+
+def tables(figures: list[dict[str, Any]]) -> list[str]:
+    """One table per benchmark: a line per subject and measure, a column per scorer, 95 % intervals in the Parquet."""
+    lines = []
+    scorers = [*dict.fromkeys(f["scorer"] for f in figures if f["scorer"] != NO_SCORER)]
+    for benchmark in dict.fromkeys(f["benchmark"] for f in figures):
+        found = [f for f in figures if f["benchmark"] == benchmark]
+        cells: dict[str, dict[str, str]] = {}
+        for f in found:
+            cells.setdefault(f"{f['subject']}: {f['measure']}", {})[f["scorer"]] = f"{f['value']:.3f}"
+        width = max(map(len, cells))
+        own = [s for s in scorers if any(s in row for row in cells.values())] or [NO_SCORER]
+        lines += [f"{benchmark:<{width}}  " + "  ".join(f"{s:>7}" for s in own)]
+        for subject, row in cells.items():
+            shown = own if row.keys() & set(own) else list(row)
+            texts = [f"{row.get(s, ''):>{max(len(s), 7)}}" for s in shown]
+            lines.append(f"{subject:<{width}}  " + "  ".join(texts).rstrip())
+        lines.append("")
+    return lines
+
+
+if __name__ == "__main__":
+    from flows.cli import run_flow
+
+    sys.exit(run_flow(main, sys.argv[1:]))
