@@ -28,6 +28,8 @@ class Scorer:
     the stage, which sees them all."""
     dense: bool = False
     """Whether it reads the pooled activations of the explain sample, so that there must be some."""
+    after: Callable[[Evidence, torch.Tensor], torch.Tensor] | None = None
+    """Makes the scores from the values without their marginal; None where these are the scores."""
 
 
 SCORERS: dict[str, Scorer] = {}
@@ -35,7 +37,7 @@ SCORERS: dict[str, Scorer] = {}
 
 @dataclass
 class ScorerSettings:
-    name: str = "weighted_mean"
+    name: str = "joint"
     params: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the scorer; the published values are the defaults."""
     keep: int = 10
@@ -229,6 +231,36 @@ def wpmi(evidence: Evidence, *, top_k: int = 28, a: float = 2.0) -> torch.Tensor
     """
     log_likely_UKC, has_UK1 = _log_likely(evidence, top_k, a)
     return ((log_likely_UKC.exp() + 1e-7).log() * has_UK1).sum(1)
+
+
+LIFT = 120
+"""Times that a concept must be likelier than a random one, by the strongest images, to be the name of a unit that
+another concept follows as closely over all images."""
+SHARP = 20
+"""Power of the relative correlation: a concept that follows the unit 3 % less closely counts half."""
+
+
+def peak_or_whole(evidence: Evidence, pmi_UC: torch.Tensor) -> torch.Tensor:
+    """The fits of a concept to the strongest images and to all of them, the larger one counting.
+
+    With P = softmax_c(PMI) over C concepts and r the correlation (see `correlation`) as a share of the unit's best one,
+    at least 0.001: log(r C P / LIFT + r^SHARP).
+    """
+    r_UC = correlation(evidence)
+    r_UC = (r_UC / r_UC.amax(1, keepdim=True).clamp(min=1e-6)).clamp(min=1e-3)
+    return (r_UC * len(evidence.concepts_CD) * pmi_UC.softmax(1) / LIFT + r_UC**SHARP).log()
+
+
+@scorer(marginal=1.0, dense=True, after=peak_or_whole)
+def joint(evidence: Evidence, *, top_k: int = 10, a: float = 100.0) -> torch.Tensor:
+    """What the strongest images show, if that is clear, else what follows the unit over all images. Ours.
+
+    soft_wpmi over few images and with CLIP's own temperature names final layers best, correlation names hidden units
+    best, and each is poor at the other's. The posterior of the first over concepts tells which unit is which: it is a
+    hundred times the uniform one for units with one clear meaning and flat for the others (peak_or_whole). How it was
+    found and measured: docs/design.md, section 9.
+    """
+    return soft_wpmi(evidence, top_k=top_k, a=a)
 
 
 def _log_likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from tasks.evidence import Evidence, Sample
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, unexplained
+from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, unexplained, weighted_mean
 from tasks.store import Folder, PartReport, hash64
 from tasks.tables import make_table, matrix
 
@@ -143,7 +143,8 @@ class ScoresWorker:
         with report.phase("compute"), torch.inference_mode():
             layer = [i for i, b in enumerate(self.job.blocks) if b.layer == block.layer]
             marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
-            chunks = [self._kept(block, start, e, s - marginal) for start, e, s in self._scored(part)]
+            after = self.scorer.after or (lambda _, scores_UC: scores_UC)
+            chunks = [self._kept(block, start, e, after(e, s - marginal)) for start, e, s in self._scored(part)]
         table = make_table("scores", {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]})
         with report.phase("write"):
             self.job.out.write(part, {"scores": table})
@@ -204,7 +205,10 @@ class ScoresWorker:
     def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:
         keep = min(self.job.settings.keep, scores_UC.shape[1])
         best, index = scores_UC.topk(keep, dim=1)
-        adds = adding(evidence, scores_UC, self.covariance_DD) if keep > 1 else torch.full_like(index, -1)
+        fit_UC = weighted_mean(evidence)
+        lead_UC = fit_UC - fit_UC.median(1, keepdim=True).values
+        first_U1 = index[:, :1]
+        adds = adding(evidence, first_U1, lead_UC, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
         index[missing, -1], best[missing, -1] = adds[missing, 0], scores_UC[missing].gather(1, adds[missing])[:, 0]
         units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
@@ -217,23 +221,24 @@ class ScoresWorker:
             "unit": np.repeat(units, keep),
             "rank": np.tile(np.arange(keep), len(units)),
             "score": best.cpu().numpy().reshape(-1),
-            "lead": (best - scores_UC.median(1, keepdim=True).values).cpu().numpy().reshape(-1),
+            "lead": lead_UC.gather(1, index).cpu().numpy().reshape(-1),
             "null_z": null_z.cpu().numpy().reshape(-1),
             "share": _share(evidence, index).cpu().numpy().reshape(-1),
             "adds": (index == adds).cpu().numpy().reshape(-1),
         }
 
 
-def adding(evidence: Evidence, scores_UC: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
+def adding(
+    evidence: Evidence, first_U1: torch.Tensor, lead_UC: torch.Tensor, covariance_DD: torch.Tensor
+) -> torch.Tensor:
     """int64 [U, 1], of the concepts with a lead (LEADS) the one that fits best what the first leaves unexplained: the
     other half of a unit that means two things, which near-synonyms of the first would crowd out. -1 where none adds
     enough (ADDS)."""
-    first_U1, lead_UC = scores_UC.argmax(1, keepdim=True), scores_UC - scores_UC.median(1, keepdim=True).values
     first_UD, spread_C = evidence.concepts_CD[first_U1[:, 0]], evidence.null_std_LC[0]
     says_U1 = (evidence.weighted_UD * first_UD).sum(1, keepdim=True) / spread_C[first_U1]
     rest_UD = unexplained(evidence.weighted_UD, first_UD, covariance_DD)
     rest_UC = (rest_UD @ evidence.concepts_CD.T / spread_C).scatter(1, first_U1, -torch.inf)
-    rest_UC = rest_UC.masked_fill(lead_UC <= LEADS * lead_UC.gather(1, first_U1), -torch.inf)
+    rest_UC = rest_UC.masked_fill(lead_UC <= LEADS * lead_UC.gather(1, first_U1).clamp(min=0), -torch.inf)
     gain_U1, adds_U1 = rest_UC.max(1, keepdim=True)
     return adds_U1.where(gain_U1 > ADDS * says_U1, -1)
 

@@ -152,7 +152,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "score": (F32, "value of the scorer"),
         "null_z": (F32, "mean similarity of the patches against random crops of the same sizes, standard deviations"),
         "share": (F32, "share of the patches that match the concept better than 95 % of random crops do"),
-        "lead": (F32, "score over that of the vocabulary's median concept"),
+        "lead": (
+            F32,
+            "value of weighted_mean, whatever the scorer, over that of the vocabulary's median concept",
+        ),
         "adds": (pa.bool_(), "whether it says most of what the best one leaves unexplained, and enough"),
     },
     "explanations": UNIT

@@ -17,7 +17,7 @@ from tasks.evidence import Evidence, Sample
 from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.scorers import SCORERS, log_mean_exp, ranks, unexplained
+from tasks.scorers import SCORERS, log_mean_exp, peak_or_whole, ranks, unexplained
 from tasks.scores import adding
 from tasks.tables import make_table
 from tasks.validation import best_rival
@@ -73,7 +73,7 @@ def slow(name, a, unit, concept):
     if name == "weighted_mean":
         w = a["weighted_UD"][unit].astype(np.float64)
         return w @ c / np.linalg.norm(w) / a["null_std_LC"][0, concept]
-    if name in ("soft_wpmi", "wpmi"):
+    if name in ("soft_wpmi", "wpmi", "joint"):
         return slow_pmi(name, a, unit, concept)
     return slow_dense(name, a["activations"][unit], a["similarity"], concept)
 
@@ -82,10 +82,10 @@ def slow_pmi(name, a, unit, concept):
     total = 0.0
     for rank, (x, has) in enumerate(zip(a["exemplars_UKD"][unit], a["has_exemplar_UK"][unit], strict=True)):
         if has:
-            likely = np.exp((10 if name == "soft_wpmi" else 2) * a["concepts_CD"] @ x)
+            likely = np.exp({"soft_wpmi": 10, "wpmi": 2, "joint": 100}[name] * a["concepts_CD"] @ x)
             likely = likely[concept] / likely.sum()
-            inside = 0.998 - rank / 100 * (0.998 - 0.97)
-            total += np.log((1 + inside * (likely - 1) if name == "soft_wpmi" else likely) + 1e-7)
+            inside = 0.998 - rank / (10 if name == "joint" else 100) * (0.998 - 0.97)
+            total += np.log((likely if name == "wpmi" else 1 + inside * (likely - 1)) + 1e-7)
     return total
 
 
@@ -137,6 +137,34 @@ def test_scorers_equal_their_formulas(name, seed):
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-4, atol=2e-4)
 
 
+@given(st.integers(0, 1000))
+@settings(deadline=None, max_examples=20)
+def test_peak_or_whole_by_hand(seed):
+    found, arrays = evidence(seed)
+    pmi = np.random.default_rng(seed).normal(size=(5, 11)) * 5
+    scores = peak_or_whole(found, torch.from_numpy(pmi.astype(np.float32))).numpy()
+    for unit in (0, 1, 3, 4):
+        r = [slow_dense("correlation", arrays["activations"][unit], arrays["similarity"], c) for c in range(11)]
+        for c in range(11):
+            relative = max(r[c] / max(r), 0.001)
+            likely = np.exp(pmi[unit, c]) / np.exp(pmi[unit]).sum()
+            expected = np.log(relative * 11 * likely / 120 + relative**20)
+            np.testing.assert_allclose(scores[unit, c], expected, rtol=1e-3, atol=1e-3)
+    assert np.isfinite(scores).all()  # a dead unit too
+
+
+def test_a_clear_peak_names_the_unit_and_an_unclear_one_does_not():
+    """The concept that follows a unit second best wins only where the strongest images leave no doubt."""
+    found, _ = evidence(0, units=3, concepts=1000, images=200)
+    r = SCORERS["correlation"].score(found)
+    whole, near = r.argsort(descending=True)[0, :2].tolist()
+    assert r[0, near] > 0.5 * r[0, whole]
+    for clear, name in ((9.0, near), (3.0, whole)):
+        pmi = torch.zeros(3, 1000)
+        pmi[0, near] = clear
+        assert peak_or_whole(found, pmi)[0].argmax().item() == name
+
+
 @given(st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_ranks_share_ties(rows):
     expected = [[sum(y < x for y in row) + (sum(y == x for y in row) + 1) / 2 for x in row] for row in rows]
@@ -175,7 +203,8 @@ def test_what_adds_comes_second(adds, expected):
 
 
 def test_marginal_of_parts_is_the_marginal_of_the_whole():
-    assert {name: s.marginal for name, s in SCORERS.items() if s.marginal} == {"soft_wpmi": 1.0, "wpmi": 0.6}
+    marginals = {name: s.marginal for name, s in SCORERS.items() if s.marginal}
+    assert marginals == {"soft_wpmi": 1.0, "wpmi": 0.6, "joint": 1.0}
     scores = SCORERS["soft_wpmi"].score(evidence(0)[0]).double()
     halves = torch.stack([scores[:2].logsumexp(0), scores[2:].logsumexp(0)]).logsumexp(0)
     expected = torch.log(torch.exp(scores).mean(0))
@@ -299,6 +328,8 @@ def test_what_adds_must_itself_be_far_above_the_median():
         null_std_LC=torch.ones(1, 5),
     )
     scores = weighted[:, :5].clone()
-    assert adding(given, scores, torch.eye(6)).tolist() == [[1], [-1], [1]]
-    scores[0, 1] = 0.3
-    assert adding(given, scores, torch.eye(6)).tolist() == [[-1], [-1], [1]]
+    first = scores.argmax(1, keepdim=True)
+    lead = scores - scores.median(1, keepdim=True).values
+    assert adding(given, first, lead, torch.eye(6)).tolist() == [[1], [-1], [1]]
+    lead[0, 1] = 0.1
+    assert adding(given, first, lead, torch.eye(6)).tolist() == [[-1], [-1], [1]]
