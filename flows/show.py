@@ -92,7 +92,9 @@ def _concepts(neuron: dict[str, Any], scores: dict[str, dict[str, Any]]) -> list
     """The concepts with their weights; none for a unit without a name."""
     if neuron["phrase"] is None:
         return []
-    lines = [f"weight  {'':{BAR}}  null z  share  concept"]
+    means = ", ".join(f"{m} ({s:.0%})" for m, s in zip(neuron["meanings"], neuron["shares"], strict=True))
+    lines = [plain(f"means       {means} of its patches"), ""] if len(neuron["meanings"]) > 1 else []
+    lines += [f"weight  {'':{BAR}}  null z  share  concept"]
     for concept, weight in zip(neuron["concepts"], neuron["weights"], strict=True):
         score = scores.get(concept)
         evidence = f"{score['null_z']:6.1f}  {score['share']:5.0%}" if score else f"{'-':>6}  {'-':>5}"

@@ -20,7 +20,7 @@ from tasks.tables import make_table, matrix
 
 CONCEPTS = 5
 """Concepts of an explanation."""
-COLUMNS = ("concept", "score", "lead", "adds")
+COLUMNS = ("concept", "score", "lead", "adds", "meaning")
 EXEMPLARS = 20
 """Exemplar ids that an explanation carries."""
 
@@ -121,6 +121,7 @@ def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
     weights = np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / weights.shape[1])
     first = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))
     first = first.filter(pc.call_function("less", [first["rank"], EXEMPLARS]))
+    shares, means = columns["meaning"], np.isfinite(columns["meaning"])
     ids = {unit: [] for unit in range(block.start, block.stop)}
     for unit, image_id in zip(first["unit"].to_pylist(), first["image_id"].to_pylist(), strict=True):
         ids[unit].append(image_id)
@@ -131,6 +132,8 @@ def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
         "concepts": concepts.tolist(),
         "weights": weights.astype(np.float32),
         "margin": score[:, 0] - score[:, 1] if keep > 1 else score[:, 0],
+        "meanings": [row[mean].tolist() for row, mean in zip(columns["concept"], means, strict=True)],
+        "shares": [row[mean].tolist() for row, mean in zip(shares, means, strict=True)],
         "exemplars": list(ids.values()),
         "round": [0] * len(block),
     }

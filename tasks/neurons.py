@@ -171,7 +171,8 @@ def _neurons(
     named = ~np.isin(status, ("dead",))
     phrases = [p if keep else None for p, keep in zip(explanations["phrase"].to_pylist(), named, strict=True)]
     columns = {
-        c: explanations[c].combine_chunks() for c in ("layer", "unit", "concepts", "weights", "margin", "exemplars")
+        c: explanations[c].combine_chunks()
+        for c in ("layer", "unit", "concepts", "weights", "margin", "meanings", "shares", "exemplars")
     }
     columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True), "bar": bar}
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}

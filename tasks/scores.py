@@ -145,7 +145,9 @@ class ScoresWorker:
             marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
             after = self.scorer.after or (lambda _, scores_UC: scores_UC)
             chunks = [self._kept(block, start, e, after(e, s - marginal)) for start, e, s in self._scored(part)]
-        table = make_table("scores", {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]})
+        columns = {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]}
+        columns["meaning"] = pa.array(columns["meaning"], from_pandas=True)  # NaN becomes null
+        table = make_table("scores", columns)
         with report.phase("write"):
             self.job.out.write(part, {"scores": table})
         report.rows = {"scores": table.num_rows}
@@ -211,6 +213,9 @@ class ScoresWorker:
         adds = adding(evidence, first_U1, lead_UC, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
         index[missing, -1], best[missing, -1] = adds[missing, 0], scores_UC[missing].gather(1, adds[missing])[:, 0]
+        shares_U2 = meaning_shares(evidence, first_U1, adds)
+        other = torch.where(index == adds, shares_U2[:, 1:], torch.nan)
+        meaning = torch.where(index == first_U1, shares_U2[:, :1], other)
         units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
         chosen = index.cpu().numpy().reshape(-1)
         columns = {
@@ -223,7 +228,8 @@ class ScoresWorker:
             "score": best.cpu().numpy().reshape(-1),
             "lead": lead_UC.gather(1, index).cpu().numpy().reshape(-1),
             "null_z": null_z.cpu().numpy().reshape(-1),
-            "share": _share(evidence, index).cpu().numpy().reshape(-1),
+            "share": share(evidence, index).cpu().numpy().reshape(-1),
+            "meaning": meaning.cpu().numpy().reshape(-1),
             "adds": (index == adds).cpu().numpy().reshape(-1),
         }
 
@@ -252,14 +258,23 @@ def _by_rank(table: pa.Table, column: str, units: np.ndarray, width: int) -> np.
     return laid
 
 
-def _share(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
+def _patch_z(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
+    """[U, P, R], similarity of each patch to a few concepts per unit, in standard deviations above random crops."""
+    levels_UP1, index_U1R = evidence.levels_UP[:, :, None], index_UR[:, None]
+    similarity_UPR = evidence.patches_UPD @ evidence.concepts_CD[index_UR].transpose(1, 2)
+    return (similarity_UPR - evidence.null_mean_LC[levels_UP1, index_U1R]) / evidence.null_std_LC[levels_UP1, index_U1R]
+
+
+def share(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
     """[U, R], share of each unit's patches that match each of its kept concepts."""
-    concepts_URD = evidence.concepts_CD[index_UR]
-    similarity_UPR = evidence.patches_UPD @ concepts_URD.transpose(1, 2)
-    levels_UP1 = evidence.levels_UP[:, :, None]
-    limit = (
-        evidence.null_mean_LC[levels_UP1, index_UR[:, None]]
-        + SHARE_Z * evidence.null_std_LC[levels_UP1, index_UR[:, None]]
-    )
-    matches = ((similarity_UPR > limit) & evidence.has_patch_UP[:, :, None]).sum(1)
-    return matches / evidence.has_patch_UP.sum(1, keepdim=True).clamp(min=1)
+    matches_UPR = (_patch_z(evidence, index_UR) > SHARE_Z) & evidence.has_patch_UP[:, :, None]
+    return matches_UPR.sum(1) / evidence.has_patch_UP.sum(1, keepdim=True).clamp(min=1)
+
+
+def meaning_shares(evidence: Evidence, first_U1: torch.Tensor, adds_U1: torch.Tensor) -> torch.Tensor:
+    """[U, 2], share of each unit's patches that the first concept fits best and that the one that adds to it does; 1
+    and 0 where nothing adds. The patches' two clusters, with the concepts as their centres."""
+    z_UP2 = _patch_z(evidence, torch.cat([first_U1, adds_U1.clamp(min=0)], 1))
+    other_UP = (z_UP2[:, :, 1] > z_UP2[:, :, 0]) & evidence.has_patch_UP & (adds_U1 >= 0)
+    other_U = other_UP.sum(1) / evidence.has_patch_UP.sum(1).clamp(min=1)
+    return torch.stack([1 - other_U, other_U], 1)

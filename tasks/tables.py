@@ -157,6 +157,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
             "value of weighted_mean, whatever the scorer, over that of the vocabulary's median concept",
         ),
         "adds": (pa.bool_(), "whether it says most of what the best one leaves unexplained, and enough"),
+        "meaning": (F32, "share of the patches that it fits best of the unit's meanings; null if it is none of them"),
     },
     "explanations": UNIT
     | {
@@ -164,6 +165,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "concepts": (pa.list_(STR), "the best concept, the one that adds to it if any, then the next best"),
         "weights": (pa.list_(F32), "their weights: lead over the median concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
+        "meanings": (pa.list_(STR), "the best concept, and the one that adds to it if any"),
+        "shares": (pa.list_(F32), "of the patches: what each meaning fits best"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
         "round": (I32, "round of refinement in which the unit got this explanation"),
     },
@@ -196,6 +199,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "phrase": (STR, "the name; null where there is nothing to name"),
         "concepts": (pa.list_(STR), "best concepts, best first"),
         "weights": (pa.list_(F32), "their weights"),
+        "meanings": (pa.list_(STR), "the best concept, and the one that adds to it if any"),
+        "shares": (pa.list_(F32), "of the patches: what each meaning fits best"),
         "margin": (F32, "score of the best minus score of the second"),
         "confidence": (F32, "correlation with the phrase on the validate split; null without one"),
         "lower": (F32, "95 % interval of the confidence"),

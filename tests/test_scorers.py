@@ -18,7 +18,7 @@ from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
 from tasks.scorers import SCORERS, log_mean_exp, peak_or_whole, ranks, unexplained
-from tasks.scores import adding
+from tasks.scores import adding, meaning_shares, share
 from tasks.tables import make_table
 from tasks.validation import best_rival
 
@@ -171,6 +171,30 @@ def test_ranks_share_ties(rows):
     assert ranks(torch.tensor(rows, dtype=torch.float32)).tolist() == expected
 
 
+@given(st.integers(0, 1000))
+@settings(deadline=None, max_examples=20)
+def test_shares_of_patches_by_hand(seed):
+    found, a = evidence(seed)
+    rng = np.random.default_rng(seed)
+    index = torch.from_numpy(np.stack([rng.permutation(11)[:2] for _ in range(5)]))
+    adds = index[:, 1:].clone()
+    adds[4] = -1
+    shares, meanings = share(found, index).numpy(), meaning_shares(found, index[:, :1], adds).numpy()
+    for unit in range(5):
+        z = [
+            [
+                (p @ a["concepts_CD"][c] - a["null_mean_LC"][level, c]) / a["null_std_LC"][level, c]
+                for c in index[unit].tolist()
+            ]
+            for p, level, has in zip(a["patches_UPD"][unit], a["levels_UP"][unit], a["has_patch_UP"][unit], strict=True)
+            if has
+        ]
+        count = max(len(z), 1)
+        np.testing.assert_allclose(shares[unit], [sum(row[i] > 1.645 for row in z) / count for i in (0, 1)], rtol=1e-6)
+        other = sum(second > first for first, second in z) / count if unit != 4 else 0
+        np.testing.assert_allclose(meanings[unit], [1 - other, other], rtol=1e-6)
+
+
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
 def test_unexplained_is_what_a_regression_leaves(seed):
@@ -193,11 +217,14 @@ def test_unexplained_is_what_a_regression_leaves(seed):
 def test_what_adds_comes_second(adds, expected):
     score = np.arange(7, 0, -1, dtype=np.float32)
     columns = {"concept": list("abcdefg"), "score": score, "lead": score - 2, "adds": np.arange(7) == adds}
+    columns["meaning"] = np.where(columns["adds"], 0.25, np.where(np.arange(7) == 0, 0.75, np.nan))
     exemplars = {"unit": [0], "tail": ["top"], "rank": [0], "image_id": ["x"]}
     row = explain(Block("layer", 0, 1), pa.table(columns), pa.table(exemplars)).to_pylist()[0]
     assert "".join(row["concepts"]) == expected
     assert row["phrase"] == "a"
     assert row["margin"] == 1
+    assert row["meanings"] == ["a", *"abcdefg"[adds : adds + 1]]
+    assert row["shares"] == [0.75, 0.25][: len(row["meanings"])]
     leads = np.array([max(score["abcdefg".index(c)] - 2, 0) for c in expected])
     np.testing.assert_allclose(row["weights"], leads / leads.sum(), rtol=1e-6)
 

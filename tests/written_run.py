@@ -120,6 +120,8 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
         "concepts": concepts,
         "weights": [0.4, 0.3, 0.15, 0.1, 0.05],
         "margin": 0.1,
+        "meanings": concepts[: 1 + unit % 2],
+        "shares": [0.7, 0.3][: 1 + unit % 2],
         "confidence": r,
         "correlation": r,
         "lower": None if r is None else r - 0.1,
@@ -153,7 +155,14 @@ def coverage_rows(layers: list[Layer], phrases: list[str]) -> Iterator[dict[str,
 
 
 def score_row(rank: int, concept: str) -> dict[str, Any]:
-    evidence = {"score": 1.0, "lead": 1.0, "null_z": 9.0 - rank, "share": 0.8, "adds": rank == 1}
+    evidence = {
+        "score": 1.0,
+        "lead": 1.0,
+        "null_z": 9.0 - rank,
+        "share": 0.8,
+        "adds": rank == 1,
+        "meaning": (0.7, 0.3, None)[min(rank, 2)],
+    }
     return {"rank": rank, "concept_id": str(rank), "concept": concept, "family": "object"} | evidence
 
 
