@@ -26,6 +26,8 @@ class Scorer:
     marginal: float = 0.0
     """For values that are log p(unit | concept): times that their marginal over all units of the layer is taken off, by
     the stage, which sees them all."""
+    logs: bool = False
+    """Whether the scores are logarithms, so that their differences cannot serve as weights."""
     dense: bool = False
     """Whether it reads the pooled activations of the explain sample, so that there must be some."""
     after: Callable[[Evidence, torch.Tensor], torch.Tensor] | None = None
@@ -206,7 +208,7 @@ def linear(evidence: Evidence, *, terms: int = 5) -> torch.Tensor:
     return beside_UC.scatter(1, torch.stack(chosen, 1), coefficients_UK)
 
 
-@scorer(marginal=1.0)
+@scorer(marginal=1.0, logs=True)
 def soft_wpmi(
     evidence: Evidence, *, top_k: int = 100, a: float = 10.0, p_start: float = 0.998, p_end: float = 0.97
 ) -> torch.Tensor:
@@ -222,7 +224,7 @@ def soft_wpmi(
     return ((1 + inside_K1 * (log_likely_UKC.exp() - 1) + 1e-7).log() * has_UK1).sum(1)
 
 
-@scorer(marginal=0.6)
+@scorer(marginal=0.6, logs=True)
 def wpmi(evidence: Evidence, *, top_k: int = 28, a: float = 2.0) -> torch.Tensor:
     """Weighted pointwise mutual information of CLIP-Dissect (Oikarinen and Weng, ICLR 2023, section 3.3).
 
@@ -251,7 +253,7 @@ def peak_or_whole(evidence: Evidence, pmi_UC: torch.Tensor) -> torch.Tensor:
     return (r_UC * len(evidence.concepts_CD) * pmi_UC.softmax(1) / LIFT + r_UC**SHARP).log()
 
 
-@scorer(marginal=1.0, dense=True, after=peak_or_whole)
+@scorer(marginal=1.0, logs=True, dense=True, after=peak_or_whole)
 def joint(evidence: Evidence, *, top_k: int = 10, a: float = 100.0) -> torch.Tensor:
     """What the strongest images show, if that is clear, else what follows the unit over all images. Ours.
 

@@ -207,8 +207,8 @@ class ScoresWorker:
     def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:
         keep = min(self.job.settings.keep, scores_UC.shape[1])
         best, index = scores_UC.topk(keep, dim=1)
-        fit_UC = weighted_mean(evidence)
-        lead_UC = fit_UC - fit_UC.median(1, keepdim=True).values
+        lead_UC = _above_median(weighted_mean(evidence))
+        weight_UC = lead_UC if self.scorer.logs else _above_median(scores_UC)
         first_U1 = index[:, :1]
         adds = adding(evidence, first_U1, lead_UC, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
@@ -226,12 +226,16 @@ class ScoresWorker:
             "unit": np.repeat(units, keep),
             "rank": np.tile(np.arange(keep), len(units)),
             "score": best.cpu().numpy().reshape(-1),
-            "lead": lead_UC.gather(1, index).cpu().numpy().reshape(-1),
+            "lead": weight_UC.gather(1, index).cpu().numpy().reshape(-1),
             "null_z": null_z.cpu().numpy().reshape(-1),
             "share": share(evidence, index).cpu().numpy().reshape(-1),
             "meaning": meaning.cpu().numpy().reshape(-1),
             "adds": (index == adds).cpu().numpy().reshape(-1),
         }
+
+
+def _above_median(values_UC: torch.Tensor) -> torch.Tensor:
+    return values_UC - values_UC.median(1, keepdim=True).values
 
 
 def adding(

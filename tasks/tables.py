@@ -154,7 +154,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "share": (F32, "share of the patches that match the concept better than 95 % of random crops do"),
         "lead": (
             F32,
-            "value of weighted_mean, whatever the scorer, over that of the vocabulary's median concept",
+            "score over that of the vocabulary's median concept; where scores are logarithms, of weighted_mean",
         ),
         "adds": (pa.bool_(), "whether it says most of what the best one leaves unexplained, and enough"),
         "meaning": (F32, "share of the patches that it fits best of the unit's meanings; null if it is none of them"),
