@@ -34,6 +34,10 @@ TABLES = {
     "neurons": ("neurons",),
     "coverage": ("coverage",),
     "drawn": ("drawn",),
+    "screen": ("screen", "screen_counts", "classes"),
+    "pairs": ("pairs",),
+    "ablation": ("ablation", "cumulative"),
+    "causes": ("causes", "agreement"),
     "report": ("pages",),
     "world": ("measures", "planted"),
 }

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 STAGE_MODULES = (
     "probing", "answers", "phrases", "vocabulary", "image_embeddings", "embeddings", "activations", "precision",
     "exemplars", "patches", "scores", "clusters", "explanations", "validation", "neurons", "coverage", "drawn",
-    "report",
+    "screen", "pairs", "ablation", "causes", "report",
 )  # fmt: skip
 FORBIDDEN = {
     "flows": {"torch", "open_clip", "vllm", "timm", "torchvision"},
