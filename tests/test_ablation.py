@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -520,3 +521,28 @@ def test_targets_that_cannot_be_tested(arguments):
         Sweep(compose([*cut, f"target.name={Path(__file__).parent}/models.py:overflowing", "layers.names=[conv]"]))
     with pytest.raises(ValueError, match=r"^ablation\.positions=prefix: no chosen layer has prefix tokens"):
         Sweep(compose([*arguments, "ablation.positions=prefix"]))
+
+
+def test_planted_units_are_causes(tmp_path, capsys):
+    """In the drawn world the best units of a class are those planted for it: without one of them its images are no
+    longer recognised, and no random unit of the layer costs the class as much."""
+    split = ["probing.explain=0.2", "probing.select=0.4", "probing.validate=0.4", "probing.shard_size=160"]
+    ablation = ["ablation.pairs=6", "ablation.controls=100", "ablation.classes=1", "drawn.num=1"]
+    given = ["experiment=world", "probing.uri=world://test/320", *split, *ablation, "cluster=none"]
+    sweep = Sweep(compose([*given, f"store.root={tmp_path}"]))
+    sweep.run()
+    causes = sweep.folder("causes").read_all("causes").to_pylist()
+    assert len(causes) == 6
+    truth = pq.read_table(f"{sweep.config.world}/planted.parquet", filters=[("net", "==", "resnet")]).to_pylist()
+    planted_for = {(row["layer"], row["unit"]): row["concepts"] for row in truth}
+    assert [planted_for.get((row["layer"], row["unit"])) for row in causes] == [[row["class"]] for row in causes]
+    for row in causes:
+        assert row["control_share"] >= 0.99
+        assert row["accuracy_drop"] == 1
+        assert abs(row["other_logit_drop"]) < 0.1 * row["logit_drop"]
+    agreement = {row["what"]: row["value"] for row in sweep.folder("causes").read_all("agreement").to_pylist()}
+    assert agreement["Spearman of screen and logit drop, pairs and controls"] > 0.7
+    assert agreement["share of pairs above 99% of their controls"] == 1
+    together = sweep.folder("ablation").read_all("cumulative").to_pylist()
+    assert {row["accuracy"] for row in together if row["units"]} == {0}
+    assert min(row["control_accuracy"] for row in together) > 0.5
