@@ -83,7 +83,7 @@ class AblationWorker:
         with report.phase("compute"):
             singles, sets = _singles(rows), _sets(rows)
             ablations = [[], *([row] for row in singles), *(units for _, _, units in sets)]
-            found = self._measure(numbers, [self._changes(rows) for rows in ablations])
+            found = self._measure(numbers, [self._changes(units) for units in ablations])
             start = 1 + len(singles)
             tables = {"ablation": _table(singles, own, found, count)}
             tables["cumulative"] = _cumulative(sets, own, found, start, count)

@@ -138,7 +138,7 @@ def first_order(
 
         if a.requires_grad:
             passed_on[name].register_hook(on_gradient)
-        return type(output)([passed_on[name], *output[1:]]) if isinstance(output, tuple | list) else passed_on[name]
+        return (passed_on[name], *output[1:]) if isinstance(output, tuple | list) else passed_on[name]
 
     with hooked(model, list(by_name), on_layer):
         logits = model(x.requires_grad_())
