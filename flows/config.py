@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 import conf
 import tasks.world
 from flows.stage import ClusterSettings
+from tasks.ablation import AblationSettings
 from tasks.activations import ActivationsSettings
 from tasks.clip import ClipSettings
 from tasks.clusters import RefineSettings
@@ -61,6 +62,7 @@ class Config:
     scorer: ScorerSettings = field(default_factory=ScorerSettings)
     neurons: NeuronsSettings = field(default_factory=NeuronsSettings)
     drawn: DrawnSettings = field(default_factory=DrawnSettings)
+    ablation: AblationSettings = field(default_factory=AblationSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)

@@ -13,6 +13,7 @@ With neurons.twin the same is done with random weights, as a run of its own, <ru
 With refine.rounds the language model is asked again about units for which there is no good word (stage clusters); then
 answers to explanations run again as stages answers/1, phrases/1, ..., and a unit takes a new name only if it is better.
 Over the drawn world a stage `drawn` follows neurons: each name is tested on fresh scenes with and without what it says.
+With ablation.pairs units are switched off (flows/causes.py): does the model need them, and for which class?
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
 """
@@ -22,10 +23,11 @@ from copy import copy
 from dataclasses import asdict, replace
 from typing import Any
 
+from flows.causes import CausesStages
 from flows.config import Config, compose, multirun
 from flows.evidence import MODEL
 from flows.run import Run
-from flows.vocabulary import VocabularyStages, round_of
+from flows.vocabulary import round_of
 from tasks.clip import check_clip, clip_identity
 from tasks.clusters import RefineSettings
 from tasks.coverage import CoverageJob
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-class Sweep(VocabularyStages):
+class Sweep(CausesStages):
     """One run: `run` and `explain` list the stages in order; each method below them plans and runs one stage."""
 
     def __init__(self, config: Config) -> None:
@@ -79,6 +81,7 @@ class Sweep(VocabularyStages):
         self.class_names = names if config.vocabulary.uses_class_names else []
         self.words = identity(config.vocabulary, self.class_names)  # raises where its file or model is not there
         self.prompts = config.vocabulary.prompts(self.class_names)
+        self.check_causes()
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
@@ -124,6 +127,11 @@ class Sweep(VocabularyStages):
             self.worked |= self.lexicon.worked
         self.coverage()
         self.drawn()
+        if self.config.ablation.pairs:
+            self.screen()
+            self.pairs()
+            self.ablation()
+            self.causes()
         self.report()
         self.manifest.save()
         store = Store(self.config.store)

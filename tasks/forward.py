@@ -4,7 +4,7 @@ In: settings of the target, its layers, an ImageList or arrays of pixels. Out: c
 every forward pass.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,15 +54,22 @@ class HookedTarget:
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
         """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
+        self._run(self.inputs(batches), on_layer, after_batch)
+
+    def inputs(self, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Each batch of image numbers with the model's input for it, on the device."""
         seen = [self.images.partner[numbers] for numbers in batches] if self.shuffled else batches
-        pixels = self.images.batches(seen, self.preprocess)
-        self._run(zip(batches, pixels, strict=True), on_layer, after_batch)
+        for batch, pixels in zip(batches, self.images.batches(seen, self.preprocess), strict=True):
+            yield batch, self._input(pixels)
+
+    def _input(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.preprocess.normalise(pixels.to(self.device)).to(self.dtype)
 
     def run_arrays(self, arrays_NHWC: np.ndarray, on_layer: Callable[[Layer, Any], None]) -> None:
         """The same over uint8 arrays that are in no list, in whole batches: black images fill the last one up."""
         size = self.images.batch_size
         batches = (arrays_NHWC[start : start + size] for start in range(0, len(arrays_NHWC), size))
-        self._run(((batch, self._padded(batch)) for batch in batches), on_layer, lambda _: None)
+        self._run(((batch, self._input(self._padded(batch))) for batch in batches), on_layer, lambda _: None)
 
     @torch.inference_mode()
     def _run(
@@ -72,8 +79,8 @@ class HookedTarget:
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
         with hooked(self.model, list(self.layers), lambda name, output: on_layer(self.layers[name], output)):
-            for batch, pixels in batches:
-                self.model(self.preprocess.normalise(pixels.to(self.device)).to(self.dtype))
+            for batch, x in batches:
+                self.model(x)
                 after_batch(batch)
 
     def _padded(self, arrays_NHWC: np.ndarray) -> torch.Tensor:
@@ -91,10 +98,15 @@ class Description:
     digest: str
     preprocess: Preprocess
     class_names: list[str] | None
+    num_classes: int | None
+    """Width of the model's output; None where that is no [B, classes]."""
 
 
 def describe(settings: TargetSettings, layers: LayersSettings) -> Description:
     """Load the model once, find its layers by one dry run, hash its weights. Raises ValueError naming the key."""
     target = load_target(settings)
     found = find_layers(target.model, target.preprocess, layers, settings.prefix_tokens)
-    return Description(found, target.digest(), target.preprocess, target.class_names)
+    with torch.inference_mode():
+        output = target.model(torch.zeros(1, 3, *target.preprocess.size))
+    num_classes = output.shape[1] if isinstance(output, torch.Tensor) and output.ndim == 2 else None
+    return Description(found, target.digest(), target.preprocess, target.class_names, num_classes)

@@ -17,6 +17,7 @@ from tasks.axes import Axes, first_tensor
 from tasks.pixels import Preprocess
 
 POOLS = ("max", "mean", "cls")
+POSITIONS = ("all", "patches", "prefix")
 DRY_BATCH = 2
 BLOCK = re.compile(
     r"(Block|BlockV2|Bottleneck|BasicBlock|InvertedResidual|DepthwiseSeparableConv|EncoderLayer|MBConv)\d?[a-z]?$"
@@ -62,6 +63,13 @@ class Layer:
         """View [B, units, prefix tokens], None where the layer has none."""
         return first_tensor(output)[:, : self.prefix].transpose(1, 2) if self.prefix else None
 
+    def places(self, x: torch.Tensor, positions: str) -> torch.Tensor:
+        """View [B, ..., units] of the module's output tensor: all positions, or only patch or prefix tokens."""
+        x = x.movedim(1, -1) if self.layout in ("chw", "vector") else x
+        if self.layout != "tokens" or positions == "all":
+            return x
+        return x[:, self.prefix :] if positions == "patches" else x[:, : self.prefix]
+
     def pooled(self, output: Any, pool: str) -> torch.Tensor:
         """float32 [B, units], the activation of each image; cls is the mean where the layer has no prefix tokens."""
         if pool == "max":
@@ -89,7 +97,7 @@ def unit_blocks(layers: list[Layer], size: int) -> list[Block]:
 
 @contextmanager
 def hooked(model: nn.Module, names: list[str], call: Any) -> Iterator[None]:
-    """While inside, `call(name, output)` runs as soon as each named module has its output."""
+    """While inside, `call(name, output)` runs as soon as each named module has its output, and may return another."""
     modules = dict(model.named_modules())
     handles = [modules[n].register_forward_hook(lambda _m, _i, out, n=n: call(n, out)) for n in names]
     try:

@@ -7,38 +7,27 @@ storage-independent name; (`layer`, `unit`) is a unit; `concept_id` and `crop_id
 
 import pyarrow as pa
 
+from tasks.columns import (
+    BOX,
+    CAUSES,
+    CONCEPT_ID,
+    EMBEDDING,
+    F16,
+    F32,
+    F64,
+    I32,
+    I64,
+    IMAGE,
+    IMAGE_ID,
+    PHRASE,
+    SOURCE,
+    STR,
+    TAIL,
+    UNIT,
+)  # fmt: skip
+
 VERSION = 4
 """Part of every fingerprint: raise it when the meaning of a column changes."""
-
-I32, I64, F32, F64, F16 = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.float16()
-STR = pa.string()
-
-IMAGE = {"image": (I32, "number of the image in the probing dataset's stored order")}
-IMAGE_ID = {"image_id": (STR, "path below the dataset root, or tar + member, or Parquet file + row")}
-UNIT = {"layer": (STR, "module path in the target model"), "unit": (I32, "channel of the layer")}
-TAIL = {"tail": (STR, "top (largest activations) or bottom (smallest, for units that go below zero)")}
-BOX = {
-    "x0": (F32, "left edge in pixels of the upright image"),
-    "y0": (F32, "upper edge"),
-    "x1": (F32, "right edge, exclusive"),
-    "y1": (F32, "lower edge, exclusive"),
-}
-EMBEDDING = {"embedding": (pa.list_(F16), "CLIP vector of norm 1")}
-CONCEPT_ID = {"concept_id": (STR, "hash of the concept")}
-PHRASE = CONCEPT_ID | {
-    "concept": (STR, "short phrase"),
-    "family": (STR, "colour, texture, pattern, shape, material, part, object, animal, plant, scene, action, ..."),
-    "sources": (pa.list_(STR), "where it came from: classes, prompt ids, file"),
-    "prompt_id": (STR, "prompt that brought it first; null for word lists"),
-    "llm": (STR, "language model that wrote it; null for word lists"),
-}
-SOURCE = {
-    "uri": (STR, "file that holds the bytes"),
-    "offset": (I64, "first byte inside a tar, else null"),
-    "length": (I64, "number of bytes inside a tar, else null"),
-    "row": (I64, "row inside a Parquet file, else null"),
-    "label": (STR, "class folder, cls member or label column; null where there is none"),
-}
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     "listing": IMAGE | IMAGE_ID | SOURCE,
@@ -275,7 +264,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "path": (STR, "page below the report folder"),
         "units": (I32, "units on the page"),
     },
-}
+} | CAUSES
 
 SCHEMAS = {name: pa.schema([(c, dtype) for c, (dtype, _) in columns.items()]) for name, columns in COLUMNS.items()}
 
