@@ -1,5 +1,6 @@
 """Units switched off: the screen against finite differences, ablations against slow obvious loops; real parts only."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,7 @@ PRESET = {"passing": ["conv", "drop", "relu", "head"]}
 def built(name, *entries):
     """Model with noise for what starts at zero or one, some of its layers up to the last, and an input."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = MODELS[name]().eval().requires_grad_(False)
     for tensor in (t for t in model.state_dict().values() if t.is_floating_point()):
         tensor.add_(0.1 * torch.rand_like(tensor))
@@ -468,9 +470,18 @@ def arguments(tmp_path_factory):
     return [*arguments, *splits, f"target.class_names={folder}/classes.txt", "ablation.pairs=4"]
 
 
-def test_sweep_with_causes(arguments, tmp_path, capsys):
-    sweep = Sweep(compose([*arguments, f"store.root={tmp_path}", "cluster=none"]))
+@pytest.fixture(scope="module")
+def reference(arguments, tmp_path_factory):
+    """Root of a store with a finished sweep, made in this process."""
+    root = tmp_path_factory.mktemp("reference")
+    Sweep(compose([*arguments, f"store.root={root}", "cluster=none"])).run()
+    return root
+
+
+def test_sweep_with_causes(arguments, reference, capsys):
+    sweep = Sweep(compose([*arguments, f"store.root={reference}", "cluster=none"]))
     sweep.run()
+    assert not sweep.worked
     printed = capsys.readouterr().out
     assert "Spearman of screen and logit drop, pairs and controls: " in printed
     assert "accuracy of red by units off (random ones): 0: " in printed
@@ -495,24 +506,22 @@ def test_sweep_with_causes(arguments, tmp_path, capsys):
             assert row["cosine_chance"] == pytest.approx(chance, abs=1e-6)
 
 
-def test_workers_change_no_byte(arguments, tmp_path):
-    """In this process, and on Ray with two workers."""
-    for name, cluster in (("one", ["cluster=none"]), ("two", ["cluster=local", "cluster.num_cpus=2"])):
-        Sweep(compose([*arguments, f"store.root={tmp_path}/{name}", *cluster])).run()
-    one, two = (samples.stored_tables(tmp_path / name) for name in ("one", "two"))
-    stages = ("screen/", "pairs/", "ablation/", "causes/")
-    assert {name for name in one if name.startswith(stages)}
-    assert one == two
+def test_workers_change_no_byte(arguments, reference, tmp_path):
+    """In this process, and on Ray with two workers, which take over where all other stages are done."""
+    stages = ("screen", "pairs", "ablation", "causes")
+    shutil.copytree(reference, tmp_path / "ray", ignore=lambda folder, _: stages if Path(folder) == reference else ())
+    Sweep(compose([*arguments, f"store.root={tmp_path}/ray", "cluster=local", "cluster.num_cpus=2"])).run()
+    one, two = samples.stored_tables(reference), samples.stored_tables(tmp_path / "ray")
+    assert {name.partition("/")[0] for name in one} > set(stages)
+    assert {name: data for name, data in one.items() if two.get(name) != data} == {}
 
 
-def test_names_may_change_without_repeating_an_ablation(arguments, tmp_path):
+def test_names_may_change_without_repeating_an_ablation(arguments, reference, tmp_path):
     """Another scorer makes other names: only what joins them is new."""
-    fingerprints = []
-    for scorer in ("weighted_mean", "mean_cosine"):
-        given = [*arguments, f"store.root={tmp_path}", "cluster=none", f"scorer={scorer}", f"run={scorer}"]
-        Sweep(compose(given)).run()
-        fingerprints.append(load_run(StoreSettings(str(tmp_path)), scorer).stages)
-    one, two = fingerprints
+    shutil.copytree(reference, tmp_path / "two")
+    given = [f"store.root={tmp_path}/two", "cluster=none", "scorer=mean_cosine", "run=two"]
+    Sweep(compose([*arguments, *given])).run()
+    one, two = (load_run(StoreSettings(str(tmp_path / "two")), name).stages for name in ("drawn", "two"))
     assert [one[stage] == two[stage] for stage in ("screen", "pairs", "ablation", "causes")] == [True] * 3 + [False]
 
 
