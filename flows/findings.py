@@ -1,6 +1,6 @@
-"""The stages that follow the names: names tested by drawing them, the pages.
+"""The stages that follow the names: what kind of units they are, names tested by drawing them, the pages.
 
-In: a sweep whose units have a status. Out: the table drawn, and the report.
+In: a sweep whose units have a status. Out: the tables traits, census and drawn, and the report.
 """
 
 from dataclasses import asdict
@@ -10,11 +10,21 @@ from flows.vocabulary import VocabularyStages
 from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
 from tasks.report import ReportJob, num_parts
 from tasks.report_page import templates
+from tasks.traits import TraitsJob
 from tasks.world import files, orders
 
 
 class FindingStages(VocabularyStages):
     """Each method plans and runs one stage."""
+
+    def traits(self) -> None:
+        """A part is a layer."""
+        read = ("activations", "exemplars", "image_embeddings", "neurons", "vocabulary")
+        payload = {stage: self.hash(stage) for stage in read}
+        folder = self.manifest.plan("traits", payload, len(self.target.layers), ("torch", "numpy"))
+        folders, threads = {stage: self.folder(stage) for stage in read}, self.config.cluster.threads
+        job = TraitsJob(folder, self.images, **folders, blocks=self.blocks, threads=threads)
+        self._stage(job, self.num_units, "unit")
 
     def drawn(self) -> None:
         """Only over images of the drawn world: there every name of the world can be drawn and tested."""

@@ -12,7 +12,8 @@ With neurons.twin the same is done with random weights, as a run of its own, <ru
 
 With refine.rounds the language model is asked again about units for which there is no good word (stage clusters); then
 answers to explanations run again as stages answers/1, phrases/1, ..., and a unit takes a new name only if it is better.
-Over the drawn world a stage `drawn` follows neurons: each name is tested on fresh scenes with and without what it says.
+After neurons, before the report: `traits` measures the units and compares the layers, `coverage` judges the vocabulary,
+and over the drawn world `drawn` tests each name on fresh scenes with and without what it says.
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
 """
@@ -119,6 +120,7 @@ class Sweep(FindingStages):
         if self.lexicon:
             self.lexicon.explain()
             self.worked |= self.lexicon.worked
+        self.traits()
         self.coverage()
         self.drawn()
         self.report()
