@@ -50,9 +50,9 @@ class FindingStages(VocabularyStages):
             "scorer": config.scorer.name,
         }
         payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
-        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn", "coverage")}
+        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn", "traits", "coverage")}
         folder = self.manifest.plan("report", payload, parts)
-        read = ("neurons", "scores", "exemplars", "patches", "validation")
+        read = ("neurons", "scores", "exemplars", "patches", "validation", "traits")
         folders = {stage: self.folder(stage) for stage in read}
         job = ReportJob(
             folder,

@@ -1,6 +1,6 @@
 """Stage report: pages that open from disk or straight from a bucket, without a server.
 
-In: the neurons and their evidence, the images. Out, below the stage's folder: index.html, vocabulary.html,
+In: the neurons and their evidence, the images. Out, below the stage's folder: index.html, layers.html, vocabulary.html,
 the pages of each layer (layers/), thumbnails (images/), and the pages table. Parts: image shards (thumbnails), then
 layers, then the pages about all layers.
 """
@@ -20,6 +20,7 @@ from PIL import Image
 from tasks.crops import MAX_CROPS
 from tasks.images import ImageList, ImageReader, prefetch
 from tasks.layers import Block, Layer
+from tasks.report_layers import layers_page
 from tasks.report_page import STATUSES, render
 from tasks.report_vocabulary import vocabulary_page
 from tasks.store import Folder, PartReport
@@ -53,6 +54,8 @@ class ReportJob:
     exemplars: Folder
     patches: Folder
     validation: Folder
+    traits: Folder
+    """With the census of the layers: a page of its own."""
     layers: list[Layer]
     blocks: list[Block]
     settings: ReportSettings
@@ -93,7 +96,7 @@ class ReportWorker:
             elif layer < len(job.layers):
                 files, rows = self._layer(layer)
             else:
-                files = {"index.html": self._index()}
+                files = {"index.html": self._index(), "layers.html": self._compared()}
                 if job.coverage:
                     files["vocabulary.html"] = vocabulary_page(job.run, job.coverage.read_all("coverage").to_pylist())
                 rows = [Page(None, path, 0) for path in files]
@@ -201,6 +204,10 @@ class ReportWorker:
         values = {"run": job.run, "facts": job.facts, "total": summary(neurons), "layers": layers}
         values |= {"images": int(job.images.ok.sum()), "statuses": STATUSES, "vocabulary": job.coverage is not None}
         return render("index", values)
+
+    def _compared(self) -> bytes:
+        first = {layer.name: pages[0] for layer, pages in zip(self.job.layers, self.pages, strict=True)}
+        return layers_page(self.job.run, self.job.traits.read_all("census").to_pylist(), first)
 
 
 def page_names(number: int, layer: Layer, page_units: int) -> list[str]:

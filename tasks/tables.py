@@ -232,11 +232,11 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     "coverage": {
         "what": (
             STR,
-            "above the null, explained, distinct names, confidence, gain, family, hub, never used, prompt, round, "
+            "above the null, explained, distinct names, confidence, gain, hub, never used, prompt, round, "
             "near-duplicates or near-duplicate",
         ),
         "layer": (STR, "module path in the target model; null for all layers"),
-        "name": (STR, "family, concept, last line and id of a prompt, round or pair; null where it is about all units"),
+        "name": (STR, "concept, last line and id of a prompt, round or pair; null where it is about all units"),
         "value": (
             F64,
             "share of the named units; mean confidence, or its gain over another word list; cosine of a pair; "
