@@ -20,7 +20,7 @@ from flows.sweep import Sweep
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ("answers", "clusters", "precision", "drawn", "world")
+OTHERS = ("answers", "clusters", "precision", "drawn", "world", "benchmark")
 STAGES = [stage for stage in TABLES if stage not in OTHERS]  # of a sweep on a CPU, over photos, with a word list
 
 
