@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from flows.evidence import MODEL
+from flows.findings import FindingStages
 from flows.show import plain
-from flows.vocabulary import VocabularyStages
 from tasks.ablation import AblationJob, ablated_classes
 from tasks.causes import CausesJob
 from tasks.classes import class_of_label
@@ -21,7 +21,7 @@ from tasks.screen import ScreenJob
 from tasks.store import fingerprint
 
 
-class CausesStages(VocabularyStages):
+class CausesStages(FindingStages):
     """Each method plans and runs one stage; none of them runs where ablation.pairs is 0."""
 
     def check_causes(self) -> None:

@@ -32,6 +32,7 @@ TABLES = {
     "clusters": ("clusters",),
     "validation": ("validation", "chance"),
     "neurons": ("neurons",),
+    "traits": ("traits", "census"),
     "coverage": ("coverage",),
     "drawn": ("drawn",),
     "screen": ("screen", "screen_counts", "classes"),

@@ -12,7 +12,8 @@ With neurons.twin the same is done with random weights, as a run of its own, <ru
 
 With refine.rounds the language model is asked again about units for which there is no good word (stage clusters); then
 answers to explanations run again as stages answers/1, phrases/1, ..., and a unit takes a new name only if it is better.
-Over the drawn world a stage `drawn` follows neurons: each name is tested on fresh scenes with and without what it says.
+After neurons, before the report: `traits` measures the units and compares the layers, `coverage` judges the vocabulary,
+and over the drawn world `drawn` tests each name on fresh scenes with and without what it says.
 With ablation.pairs units are switched off (flows/causes.py): does the model need them, and for which class?
 
 In: config. Out: the tables and a manifest runs/<run>/run.json.
@@ -25,26 +26,22 @@ from typing import Any
 
 from flows.causes import CausesStages
 from flows.config import Config, compose, multirun
-from flows.evidence import MODEL
 from flows.run import Run
 from flows.vocabulary import round_of
 from tasks.clip import check_clip, clip_identity
 from tasks.clusters import RefineSettings
 from tasks.coverage import CoverageJob
-from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
 from tasks.explanations import Earlier, ExplanationsJob
 from tasks.forward import Description, describe
 from tasks.layers import unit_blocks
 from tasks.neurons import NeuronsJob
 from tasks.phrases import VocabularySettings, identity
 from tasks.probing import list_images
-from tasks.report import ReportJob, num_parts, templates
 from tasks.scorers import ScorerSettings
 from tasks.scores import ScoresJob
 from tasks.store import Store
 from tasks.target import random_twin
 from tasks.validation import ValidationJob
-from tasks.world import files, orders
 
 WORDS = ("answers", "phrases", "phrase_embeddings", "vocabulary")
 """Stages that make the vocabulary."""
@@ -125,6 +122,7 @@ class Sweep(CausesStages):
         if self.lexicon:
             self.lexicon.explain()
             self.worked |= self.lexicon.worked
+        self.traits()
         self.coverage()
         self.drawn()
         if self.config.ablation.pairs:
@@ -265,47 +263,6 @@ class Sweep(CausesStages):
             against=self.lexicon.folder("validation") if self.lexicon else None,
         )
         self._stage(job, self.num_units, "unit")
-
-    def drawn(self) -> None:
-        """Only over images of the drawn world: there every name of the world can be drawn and tested."""
-        config = self.config
-        if not all(uri.startswith("world://") for uri in config.probing.uris):
-            return
-        phrases = named_phrases(self.folder("neurons"))
-        parts = max(1, -(-len(phrases) // PHRASES_PER_PART))
-        payload = asdict(config.drawn) | {"neurons": self.hash("neurons")}
-        payload |= {"world": [files.VERSION, orders.VERSION]}
-        folder = self.manifest.plan("drawn", payload, parts, (*MODEL, "scipy"))
-        job = DrawnJob(folder, self._target_pass(), self.folder("neurons"), config.layers.pool, config.drawn)
-        self._stage(job, len(phrases), "phrase")
-
-    def report(self) -> None:
-        config, parts = self.config, num_parts(self.images, self.target.layers)
-        words = config.vocabulary.path.rsplit("/", 1)[-1] if config.vocabulary.path else config.vocabulary.source
-        facts = {
-            "target": f"{config.target.source} {config.target.name.rsplit('/', 1)[-1]}",
-            "images": f"{len(self.images):,}, {int(self.images.ok.sum()):,} usable",
-            "vocabulary": f"{words}, {self.num_concepts:,} concepts",
-            "clip": config.clip.name.rstrip("/").rsplit("/", 1)[-1],
-            "scorer": config.scorer.name,
-        }
-        payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
-        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn", "coverage")}
-        folder = self.manifest.plan("report", payload, parts)
-        folders = {stage: self.folder(stage) for stage in ("neurons", "scores", "exemplars", "patches", "validation")}
-        job = ReportJob(
-            folder,
-            self.images,
-            **folders,
-            layers=self.target.layers,
-            blocks=self.blocks,
-            settings=config.report,
-            run=str(config.run),
-            facts=facts,
-            drawn=self.folder("drawn") if "drawn" in self.manifest.stages else None,
-            coverage=self.folder("coverage"),
-        )
-        self._stage(job, parts, "page")
 
 
 if __name__ == "__main__":

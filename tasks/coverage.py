@@ -4,7 +4,7 @@ In: neurons, scores, explanations, validation and the vocabulary of a run; the v
 another word list, where it is wanted. Out: the coverage table, one row per figure. Part 0 is the only one.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -115,16 +115,9 @@ def by_layer(units: list[dict[str, Any]]) -> Iterator[Figure]:
 def by_concept(
     units: list[dict[str, Any]], concepts: list[dict[str, Any]], prompts: dict[str, str]
 ) -> Iterator[Figure]:
-    """Families by layer, names that many units share, concepts that none has, prompts and rounds by what they won."""
+    """Names that many units share, concepts that none has, prompts and rounds by what they won."""
     by_name = {row["concept"]: row for row in concepts}
     wins = Counter(unit["phrase"] for unit in units)
-    families: dict[str | None, Counter] = defaultdict(Counter)
-    for unit in units:
-        for layer in (None, unit["layer"]):
-            families[layer][by_name[unit["phrase"]]["family"]] += 1
-    for layer, counts in families.items():
-        for family, count in counts.most_common():
-            yield Figure("family", layer, family, count / counts.total(), count)
     for name, count in sorted(wins.items(), key=lambda item: (-item[1], item[0]))[:HUBS]:
         yield Figure("hub", None, name, count / len(units), count)
     for name in sorted(by_name.keys() - wins.keys()):

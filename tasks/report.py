@@ -1,7 +1,8 @@
 """Stage report: pages that open from disk or straight from a bucket, without a server.
 
-In: the neurons and their evidence, the images. Out, below the stage's folder: index.html, the pages of each layer
-(layers/), thumbnails (images/), and the pages table. Parts: image shards (thumbnails), then layers, then the index.
+In: the neurons and their evidence, the images. Out, below the stage's folder: index.html, layers.html, vocabulary.html,
+the pages of each layer (layers/), thumbnails (images/), and the pages table. Parts: image shards (thumbnails), then
+layers, then the pages about all layers.
 """
 
 import io
@@ -10,10 +11,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -21,23 +20,12 @@ from PIL import Image
 from tasks.crops import MAX_CROPS
 from tasks.images import ImageList, ImageReader, prefetch
 from tasks.layers import Block, Layer
-from tasks.store import Folder, PartReport, fingerprint
+from tasks.report_layers import layers_page
+from tasks.report_page import STATUSES, render
+from tasks.report_vocabulary import vocabulary_page
+from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
-STATUSES = {
-    "explained": "The name predicts the neuron on images that did not make it, clearly better than chance.",
-    "ambiguous": "The name predicts the neuron, but another of its concepts does so clearly better: it may mean that.",
-    "unexplained": "No name found so far predicts the neuron on held-out images. Read the phrase as a guess.",
-    "dead": "The neuron never becomes active, or is the same on every image. There is nothing to name.",
-    "always_on": "The neuron is strongly active on every image, so what it tells apart is hard to see.",
-    "special_token_only": "The neuron is active on the model's own tokens (CLS, registers), hardly on the image.",
-}
-"""Every status of the neurons table, in the order of the pages, with what it means in plain words."""
-PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-PALETTE += ("#1d3f8f", "#8a6d00", "#a3261b", "#1f7a6a", "#b8d98a", "#8f2f6b")
-"""Colours of families, the most frequent first; the first ten are Observable's categorical palette."""
-AXIS = (-0.2, 1.0)
-"""Ends of the axis on which confidence is drawn."""
 FRAME = (180, 100)
 """Largest width and height of a patch on the page, CSS pixels; all but panoramas have this height."""
 
@@ -66,6 +54,8 @@ class ReportJob:
     exemplars: Folder
     patches: Folder
     validation: Folder
+    traits: Folder
+    """With the census of the layers: a page of its own."""
     layers: list[Layer]
     blocks: list[Block]
     settings: ReportSettings
@@ -80,7 +70,7 @@ class ReportJob:
 
 
 class Page(NamedTuple):
-    """A row of the pages table; the index belongs to no layer and shows no units."""
+    """A row of the pages table; a page about all layers belongs to none and shows no units."""
 
     layer: str | None
     path: str
@@ -91,13 +81,8 @@ def num_parts(images: ImageList, layers: list[Layer]) -> int:
     return images.num_shards + len(layers) + 1
 
 
-def templates() -> str:
-    """Identity of the pages' templates, for the fingerprint: a changed look makes the pages anew."""
-    return fingerprint({path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("report_*.jinja"))})
-
-
 class ReportWorker:
-    """Writes thumbnails of one image shard, the pages of one layer, or the index."""
+    """Writes thumbnails of one image shard, the pages of one layer, or those about all layers."""
 
     def __init__(self, job: ReportJob) -> None:
         self.job = job
@@ -111,8 +96,9 @@ class ReportWorker:
             elif layer < len(job.layers):
                 files, rows = self._layer(layer)
             else:
-                files = {"index.html": self._index()}
-                files |= {"vocabulary.html": self._vocabulary(job.coverage)} if job.coverage else {}
+                files = {"index.html": self._index(), "layers.html": self._compared()}
+                if job.coverage:
+                    files["vocabulary.html"] = vocabulary_page(job.run, job.coverage.read_all("coverage").to_pylist())
                 rows = [Page(None, path, 0) for path in files]
         table = make_table("pages", {c: [getattr(row, c) for row in rows] for c in Page._fields})
         with report.phase("write"):
@@ -219,37 +205,9 @@ class ReportWorker:
         values |= {"images": int(job.images.ok.sum()), "statuses": STATUSES, "vocabulary": job.coverage is not None}
         return render("index", values)
 
-    def _vocabulary(self, coverage: Folder) -> bytes:
-        rows = coverage.read_all("coverage").to_pylist()
-        of_what: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            of_what.setdefault(row["what"], []).append(row)
-        figures: dict[str | None, dict[str, Any]] = {None: {}}
-        for row in rows:
-            if row["name"] is None:
-                figures.setdefault(row["layer"], {})[row["what"]] = row
-        families: dict[str | None, list[dict[str, Any]]] = {layer: [] for layer in figures}
-        for row in of_what.get("family", []):
-            families[row["layer"]].append(row)
-        names = [row["name"] for row in families[None]]
-        won = {
-            key: sorted(of_what.get(key, []), key=lambda row: (-row["units"], row["name"]))
-            for key in ("prompt", "round")
-        }
-        values = {
-            "run": self.job.run,
-            "concepts": len(of_what.get("never used", [])) + figures[None]["distinct names"]["units"],
-            "total": figures.pop(None),
-            "layers": figures,
-            "families": families,
-            "palette": {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
-            "hubs": [row for row in of_what.get("hub", []) if row["units"] > 1],
-            "unused": of_what.get("never used", []),
-            "alike": of_what.get("near-duplicate", []),
-            "prompts": won["prompt"],
-            "rounds": sorted(won["round"], key=lambda row: int(row["name"])),
-        }
-        return render("vocabulary", values)
+    def _compared(self) -> bytes:
+        first = {layer.name: pages[0] for layer, pages in zip(self.job.layers, self.pages, strict=True)}
+        return layers_page(self.job.run, self.job.traits.read_all("census").to_pylist(), first)
 
 
 def page_names(number: int, layer: Layer, page_units: int) -> list[str]:
@@ -302,27 +260,3 @@ def summary(neurons: list[dict[str, Any]]) -> dict[str, Any]:
         "median": {key: float(np.median(values)) if values else None for key, values in known.items()},
         "phrases": sorted(phrases.items(), key=lambda item: (-item[1], item[0]))[:5],
     }
-
-
-def render(page: str, values: dict[str, Any]) -> bytes:
-    return PAGES.get_template(f"report_{page}.jinja").render(values).encode()
-
-
-def _axis(value: float) -> float:
-    """Place on the axis of confidence, percent."""
-    return round(100 * (min(max(value, AXIS[0]), AXIS[1]) - AXIS[0]) / (AXIS[1] - AXIS[0]), 2)
-
-
-def _number(value: float | None) -> str:
-    """Two decimals, never -0.00."""
-    return "none" if value is None else f"{round(value, 2) + 0:.2f}"
-
-
-PAGES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,  # phrases come from language models, image ids from file names
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-PAGES.filters |= {"axis": _axis, "number": _number, "words": lambda status: status.replace("_", " ")}

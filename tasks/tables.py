@@ -202,14 +202,38 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
     },
+    "traits": UNIT
+    | {
+        "monosemanticity": (
+            F32,
+            "mean cosine of two images' centred CLIP vectors, weighted by the unit's activation (scaled to 0 to 1) on "
+            "both; null where fewer than two images of the explain sample excite it",
+        ),
+        "clarity": (F32, "the same, unweighted, of its exemplars that excite it; null where there are fewer than two"),
+        "redundancy": (F32, "largest cosine of the direction in which its images lie with that of another unit"),
+        "alike": (I32, "that unit of the layer"),
+    },
+    "census": {
+        "layer": (STR, "module path in the target model"),
+        "units": (I32, "its units"),
+        "statuses": (pa.list_(STR), "statuses that its units have, the most frequent first"),
+        "status_shares": (pa.list_(F32), "share of its units with each"),
+        "families": (pa.list_(STR), "families of the names of its explained units, the most frequent first"),
+        "family_shares": (pa.list_(F32), "share of its explained units with each"),
+        "names": (F32, "distinct names per unit that has one; null where none has"),
+        "confidence": (F32, "mean over the units that have one; null where none has"),
+        "monosemanticity": (F32, "mean over the units that have one; null where none has"),
+        "clarity": (F32, "mean over the units that have one; null where none has"),
+        "redundancy": (F32, "mean over the units that have one; null where none has"),
+    },
     "coverage": {
         "what": (
             STR,
-            "above the null, explained, distinct names, confidence, gain, family, hub, never used, prompt, round, "
+            "above the null, explained, distinct names, confidence, gain, hub, never used, prompt, round, "
             "near-duplicates or near-duplicate",
         ),
         "layer": (STR, "module path in the target model; null for all layers"),
-        "name": (STR, "family, concept, last line and id of a prompt, round or pair; null where it is about all units"),
+        "name": (STR, "concept, last line and id of a prompt, round or pair; null where it is about all units"),
         "value": (
             F64,
             "share of the named units; mean confidence, or its gain over another word list; cosine of a pair; "

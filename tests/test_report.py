@@ -121,12 +121,13 @@ def test_links_lead_to_files_of_the_report(job, pages):
 
 def test_hostile_text_stays_text(job, pages):
     scripts = {path: page.text["script"] for path, page in pages.items()}
-    assert scripts.pop("index.html") == scripts.pop("vocabulary.html") == []
+    assert scripts.pop("index.html") == scripts.pop("vocabulary.html") == scripts.pop("layers.html") == []
     own = next(iter(scripts.values()))
     assert len(own) == 1
     assert all(found == own for found in scripts.values())
-    tags = {tag for page in pages.values() for tag, _ in page.found}
-    assert not tags & {"iframe", "object", "embed", "base", "form", "style>", "svg"}
+    tags = {path: {tag for tag, _ in page.found} for path, page in pages.items()}
+    assert not set.union(*tags.values()) & {"iframe", "object", "embed", "base", "form", "style>"}
+    assert [path for path in tags if "svg" in tags[path]] == ["layers.html"]
     assert [page.text["style"] for page in pages.values() if len(page.text["style"]) != 1] == []
     assert [name for page in pages.values() for _, a in page.found for name in a if name.startswith("on")] == []
     layers = [page for path, page in pages.items() if path.startswith("layers/")]
@@ -137,6 +138,9 @@ def test_hostile_text_stays_text(job, pages):
     assert {"vit_<b>tiny</b>", "<script>alert(1)</script>"} <= set(pages["index.html"].text["dd"])
     told = [text for text in pages["vocabulary.html"].text["bdi"] if text.strip()]
     assert {told.count(phrase) for phrase in HOSTILE} == {4}, "a hub, a pair, a prompt, one that is never used"
+    compared = pages["layers.html"]
+    assert {text for text in compared.text["bdi"] if text.strip()} == set(HOSTILE), "each is a family"
+    assert {f"{LAYERS[0].name}: 0.500", f"{LAYERS[2].name}: 0.300"} <= set(compared.text["title"])
 
 
 def test_redrawn_auc_where_there_is_one(job, pages, images, tmp_path):
@@ -254,8 +258,9 @@ def test_filter(browser, job):
 
 
 def test_without_javascript_and_at_every_width(browser, job):
-    for width in (420, 1200):
-        for path in (folder(job) / "index.html", first_page(job, 0), first_page(job, 2)):
+    about_all = [folder(job) / f"{name}.html" for name in ("index", "layers", "vocabulary")]
+    for width in (390, 1320):
+        for path in (*about_all, first_page(job, 0), first_page(job, 2)):
             with opened(browser, path, java_script_enabled=False, viewport={"width": width, "height": 800}) as page:
                 assert page.locator(".filter:visible").count() == 0
                 wide, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
@@ -272,3 +277,39 @@ def test_index_leads_everywhere(browser, job):
         assert page.locator("article").first.get_attribute("id") == "unit-250"
         page.get_by_role("link", name="night & <day>").click()
         assert page.url.endswith("/index.html")
+
+
+def test_layers_page_shows_what_the_census_says(browser, job):
+    with opened(browser, folder(job) / "index.html") as page:
+        page.get_by_role("link", name="The layers compared").click()
+        assert page.locator("h1").text_content() == "Layers"
+        rows = page.locator("tbody tr")
+        assert [rows.nth(i).locator("a").text_content() for i in range(3)] == [layer.name for layer in LAYERS]
+        assert rows.nth(0).locator(".number").all_text_contents() == ["0.500", "-0.020", "0.250", "0.900"]
+        assert rows.nth(1).locator(".number").all_text_contents() == ["none"] * 4
+        assert "none explained" in (rows.nth(1).text_content() or "")
+        statuses, families = rows.nth(0).locator(".stack").all()
+        for stack, number in ((statuses, len(neurons.STATUSES)), (families, len(HOSTILE))):
+            widths = stack.locator("i").evaluate_all("all => all.map(e => e.getBoundingClientRect().width)")
+            assert len(widths) == number
+            assert max(widths) - min(widths) < 0.1, "equal shares"
+        assert statuses.locator("i").first.get_attribute("title") == "explained: 167 of 1000 (17%)"
+        rows.nth(2).locator("a").click()
+        assert page.locator("h1").text_content() == "head"
+
+
+def test_points_lie_where_the_census_says(browser, job):
+    """On the scale that is drawn beside them, the first layer left of the last; none for the layer without figures."""
+    census = job.traits.read_all("census").to_pylist()
+    middle = (
+        "all => all.map(e => { const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })"
+    )
+    with opened(browser, folder(job) / "layers.html") as page:
+        for figure in page.locator("figure").all():
+            name = str(figure.locator("figcaption").text_content())
+            (first, last), zero_and_high = (figure.locator(c).evaluate_all(middle) for c in (".at", ".scale"))
+            (_, zero), (_, high) = zero_and_high
+            unit = (zero - high) / float(figure.locator("text").all_text_contents()[1])
+            found = [(zero - y) / unit for _, y in (first, last)]
+            assert found == pytest.approx([census[0][name], census[2][name]], abs=0.01)
+            assert first[0] < last[0] - 100

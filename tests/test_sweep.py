@@ -20,7 +20,7 @@ from flows.sweep import Sweep
 from tests import samples
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ("answers", "clusters", "precision", "drawn", "screen", "pairs", "ablation", "causes", "world")
+OTHERS = ("answers", "clusters", "precision", "drawn", "screen", "pairs", "ablation", "causes", "world", "benchmark")
 STAGES = [stage for stage in TABLES if stage not in OTHERS]  # of a sweep on a CPU, over photos, with a word list
 
 
@@ -101,8 +101,8 @@ def test_runs_share_common_stages(drawn, reference, tmp_path):
     sweep(drawn, tmp_path, "cluster=none", f"vocabulary.path={words}", "run=second")
     folders = {stage: len(list((tmp_path / stage).iterdir())) for stage in STAGES}
     assert {stage for stage, n in folders.items() if n == 2} == {
-        "phrases", "phrase_embeddings", "vocabulary", "scores", "explanations", "validation", "neurons", "coverage",
-        "report",
+        "phrases", "phrase_embeddings", "vocabulary", "scores", "explanations", "validation", "neurons", "traits",
+        "coverage", "report",
     }  # fmt: skip
     sweep(drawn, tmp_path, "cluster=none", "patches.k=3")
     run = load_run(compose(["probing.uri=x", f"store.root={tmp_path}"]).store, "drawn")
@@ -140,6 +140,8 @@ def test_other_shard_sizes_give_the_same_names(drawn, reference, tmp_path, shard
         ("scores", "scores", ("layer", "unit", "rank")),
         ("validation", "validation", ("layer", "unit")),
         ("neurons", "neurons", ("layer", "unit")),
+        ("traits", "traits", ("layer", "unit")),
+        ("traits", "census", ("layer",)),
     ]:
         expected = sorted(run.folder(stage).read_all(table).to_pylist(), key=lambda r: [r[k] for k in keys])
         found = sorted(flow.folder(stage).read_all(table).to_pylist(), key=lambda r: [r[k] for k in keys])

@@ -56,7 +56,7 @@ def runs(root):
 def test_twin_shares_what_the_target_has_no_part_in(reference):
     run, twin = runs(reference)
     assert {stage for stage in twin.stages if twin.stages[stage] == run.stages[stage]} == SHARED
-    assert set(run.stages) - set(twin.stages) == {"coverage", "report"}
+    assert set(run.stages) - set(twin.stages) == {"traits", "coverage", "report"}
     assert "goldfish" in run.folder("vocabulary").read_all("concepts")["concept"].to_pylist()
     changed = {key for key in run.config if run.config[key] != twin.config[key]}
     assert changed == {"run", "target", "neurons"}
@@ -155,6 +155,7 @@ def test_without_a_twin_nothing_depends_on_it(arguments, tmp_path):
     both.run()
     assert {s for s, f in both.manifest.stages.items() if f != first.manifest.stages[s]} == {
         "neurons",
+        "traits",
         "coverage",
         "report",
     }

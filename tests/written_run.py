@@ -48,6 +48,7 @@ FOLDERS = {
     "patches": ("patches", "crops"),
     "validation": ("validation",),
     "drawn": ("drawn",),
+    "traits": ("traits", "census"),
     "coverage": ("coverage",),
     "report": ("pages",),
 }
@@ -92,6 +93,9 @@ def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[
         rows = {"neurons": units, "validation": units, "scores": scores, "exemplars": shown[-1], "drawn": named}
         for name, found in rows.items():
             folders[name].write(part, {name: make(name, found)})
+    for part, layer in enumerate(layers):
+        written = {"census": make("census", [census_row(layer, part, phrases)]), "traits": make("traits", [])}
+        folders["traits"].write(part, written)
     folders["coverage"].write(0, {"coverage": make("coverage", list(coverage_rows(layers, phrases)))})
     for shard in range(images.num_shards):
         inside = [[row for row in block if row["image"] in images.shard(shard)] for block in shown]
@@ -140,18 +144,33 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
 
 
 def coverage_rows(layers: list[Layer], phrases: list[str]) -> Iterator[dict[str, Any]]:
-    """Figures of all layers and each; every phrase is a hub, a family, a prompt, or never used."""
+    """Figures of all layers and each; every phrase is a hub, a prompt, one of a pair, or never used."""
     for layer in (None, *(layer.name for layer in layers)):
         for what in ("above the null", "explained", "distinct names", "confidence", "gain"):
             yield {"what": what, "layer": layer, "name": None, "value": 0.5, "units": 10}
-        for i, name in enumerate(phrases):
-            yield {"what": "family", "layer": layer, "name": name, "value": 0.1, "units": 10 - i}
     yield {"what": "near-duplicates", "layer": None, "name": None, "value": 0.5, "units": 3}
     for what in ("hub", "never used", "near-duplicate", "prompt"):
         for i, name in enumerate(phrases):
             yield {"what": what, "layer": None, "name": name, "value": 0.95, "units": 9 - i}
     for number in ("0", "1"):
         yield {"what": "round", "layer": None, "name": number, "value": 0.1, "units": 7}
+
+
+def census_row(layer: Layer, depth: int, phrases: list[str]) -> dict[str, Any]:
+    """Every phrase is a family; the second layer explains nothing and has no figures."""
+    statuses = STATUSES[2:] if depth == 1 else STATUSES
+    families = [] if depth == 1 else phrases
+    figures = {"confidence": 0.5, "monosemanticity": -0.02, "clarity": 0.25, "redundancy": 0.9, "names": 0.5}
+    figures = {name: value / (depth + 1) for name, value in figures.items()}
+    return {
+        "layer": layer.name,
+        "units": layer.num_units,
+        "statuses": statuses,
+        "status_shares": [1 / len(statuses)] * len(statuses),
+        "families": families,
+        "family_shares": [1 / len(families) for _ in families],
+        **(dict.fromkeys(figures) if depth == 1 else figures),
+    }
 
 
 def score_row(rank: int, concept: str) -> dict[str, Any]:
