@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearson3
 
-from tasks.correlation import DRAWS, bootstrap, fisher, paired, permutation_p, redrawn, standardised
+from tasks.correlation import DRAWS, bootstrap, fisher, paired, permutation_p, product, redrawn, standardised
 
 LEVELS = (0.1, 0.05, 0.01, 0.002)
 
@@ -116,3 +116,14 @@ def test_bootstrap_does_not_depend_on_the_other_units():
     whole = np.stack(bootstrap(a, s, times))
     parts = [np.stack(bootstrap(a[i : i + 5], s[i : i + 5], times)) for i in range(0, 37, 5)]
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-9)
+
+
+def test_float64_products_of_float16_vectors_are_exact():
+    """Against whole numbers: every float16 below 1 is a multiple of 2^-24. So they do not depend on blocks or order."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(9, 512)), rng.normal(size=(512, 70))
+    x, y = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16), (y / 30).astype(np.float16)
+    whole = (x.astype(float) * 2**24).astype(np.int64) @ (y.astype(float) * 2**24).astype(np.int64)
+    found = product(x.astype(np.float64), y.astype(np.float64))
+    assert np.array_equal(found, whole / 2.0**48)
+    assert np.array_equal(product(x[3:4].astype(np.float64), y.astype(np.float64)), found[3:4])
