@@ -1,8 +1,9 @@
 """Stage validation: does the name predict the unit on images that did not make it?
 
-In: explanations, pooled activations and image embeddings. Out: one row a unit: on validate the correlation with its
-interval and p value, and how well the name finds the unit's strongest images; on select the best rival concept. For a
-randomly initialised twin also one row a concept: what the twin's units reach with it.
+In: explanations, pooled activations and image embeddings; of a second CLIP, where one judges, image embeddings and
+concept vectors. Out: one row a unit: on validate the correlation with its interval and p value, and how well the name
+finds the unit's strongest images; on select the best rival concept. For a randomly initialised twin also one row a
+concept: what the twin's units reach with it.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,15 @@ UNITS = 64
 
 
 @dataclass
+class Judge:
+    """Where the vectors lie of a CLIP that judges names which another one made."""
+
+    image_embeddings: Folder
+    phrase_embeddings: Folder
+    """Of the vocabulary's concepts, in their order."""
+
+
+@dataclass
 class ValidationJob:
     out: Folder
     images: ImageList
@@ -39,6 +49,8 @@ class ValidationJob:
     threads: int
     chance: float | None
     """Quantile over units of their correlation with each concept that is stored; None for none."""
+    judge: Judge | None = None
+    """None where the CLIP that made the names judges them."""
 
 
 class ValidationWorker:
@@ -56,9 +68,20 @@ class ValidationWorker:
 
     @cached_property
     def made_by(self) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors of the images, float32 [N, D], and of the concepts, [C, D]."""
+        """Vectors of the images, float32 [N, D], and of the concepts, [C, D], by the CLIP that made the names."""
         job = self.job
         return _vectors(job.image_embeddings, "image_embeddings"), _vectors(job.vocabulary, "concept_embeddings")
+
+    @cached_property
+    def judged_by(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same by the CLIP that judges them."""
+        judge = self.job.judge
+        if judge is None:
+            return self.made_by
+        return (
+            _vectors(judge.image_embeddings, "image_embeddings"),
+            _vectors(judge.phrase_embeddings, "phrase_embeddings"),
+        )
 
     @cached_property
     def stored(self) -> np.ndarray:
@@ -108,7 +131,7 @@ class ValidationWorker:
         return make_table("validation", columns)
 
     def _rivals(self, concepts_UR: np.ndarray, pooled_US: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each unit's other concepts the best on select."""
+        """Of each unit's other concepts the best on select, by the CLIP that made the names."""
         images_ND, vectors_CD = self.made_by
         select, used = self.of["select"], np.unique(concepts_UR)
         similarity = product(images_ND[self.stored[select]], vectors_CD[used].T)
@@ -117,11 +140,11 @@ class ValidationWorker:
         return best_rival(r_UR, vectors_CD[concepts_UR], len(select))
 
     def _measured(self, names_U: np.ndarray, pooled_US: np.ndarray) -> dict[str, np.ndarray]:
-        """What `measures` says of each unit and its name.
+        """What `measures` says of each unit and its name, by the CLIP that judges.
 
         In float64 the products of float16 vectors are exact: whatever the blocks, no image crosses a threshold.
         """
-        images_ND, vectors_CD = self.made_by
+        images_ND, vectors_CD = self.judged_by
         images_DS = np.ascontiguousarray(images_ND[self.stored].T, np.float64)
         found = []
         for start in range(0, len(names_U), UNITS):
@@ -134,7 +157,7 @@ class ValidationWorker:
         """Of every concept, from the first block of a layer; empty for the others, and where it is not asked for."""
         reached = np.zeros(0)
         if self.job.chance is not None and block.start == 0:
-            images_ND, vectors_CD = self.made_by
+            images_ND, vectors_CD = self.judged_by
             chosen = self.of["validate"]
             similarity = product(images_ND[self.stored[chosen]], vectors_CD.T)
             r_UC = correlations(pooled_US[:, chosen], similarity)
