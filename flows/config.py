@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import conf
@@ -18,7 +19,7 @@ import tasks.world
 from flows.stage import ClusterSettings
 from tasks.ablation import AblationSettings
 from tasks.activations import ActivationsSettings
-from tasks.clip import ClipSettings
+from tasks.clip import ClipSettings, JudgeSettings
 from tasks.clusters import RefineSettings
 from tasks.drawn import DrawnSettings
 from tasks.layers import LayersSettings
@@ -56,6 +57,8 @@ class Config:
     probing: ProbingSettings = field(default_factory=ProbingSettings)
     vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
     clip: ClipSettings = field(default_factory=ClipSettings)
+    judge: JudgeSettings | None = None
+    """The CLIP that validates the names; null for the one that made them."""
     activations: ActivationsSettings = field(default_factory=ActivationsSettings)
     patches: PatchesSettings = field(default_factory=PatchesSettings)
     refine: RefineSettings = field(default_factory=RefineSettings)
@@ -100,7 +103,11 @@ def compose(overrides: list[str]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    checked = [_check(override) for override in overrides if override != "experiment=null"]  # which Hydra refuses
+    given = [override for override in overrides if override not in ("experiment=null", "judge=null")]  # Hydra's no
+    checked = [_check(override) for override in given]
+    part = next((override for override in given if override.startswith("judge.")), None)
+    if part and not any(override.startswith("judge=") for override in given):  # which Hydra fails an assertion at
+        raise ValueError(f"{part}: there is no judge to change; choose one too, for example judge=vit_l_14")
     if not any(OWN.match(override) for override in overrides):
         checked.append("experiment=world")
     ConfigStore.instance().store(name="schema", node=Config)
@@ -139,11 +146,12 @@ def _check(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", key):
         raise ValueError(f"{override}: expected key=value, for example target=vit_l_16 or probing.uri=photos")
-    if key in groups():
-        allowed = sorted(p.stem for p in (CONF / key).glob("*.yaml"))
+    group = "clip" if key == "judge" else key  # the same choices
+    if group in groups():
+        allowed = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
         if value not in allowed:
             raise ValueError(f"{key}={value}: unknown; allowed are {', '.join(allowed)}")
-        return override
+        return override if group == key else f"{group}@{override}"
     kind = _walk(key)
     if key in TEXTS and value[:1] not in "'\"" and value not in ("null", ""):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -159,6 +167,8 @@ def _walk(key: str) -> Any:
     kind: Any = Config
     steps = key.split(".")
     for depth, step in enumerate(steps):
+        if isinstance(kind, UnionType):  # or None
+            kind = get_args(kind)[0]
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
             continue

@@ -10,6 +10,7 @@ from flows.config import Config
 from flows.run import Run
 from flows.stage import Work, run_stage
 from tasks.activations import ActivationsJob
+from tasks.clip import ClipSettings
 from tasks.embeddings import EmbeddingsJob
 from tasks.exemplars import ExemplarsJob
 from tasks.forward import Description, TargetPass
@@ -38,6 +39,8 @@ class EvidenceStages:
     """Identity of the listed files."""
     clip: Any
     """Identity of the CLIP."""
+    judge: Any
+    """Identity of the CLIP that judges; None where it is the same."""
     target: Description
     blocks: list[Block]
     num_units: int
@@ -56,7 +59,7 @@ class EvidenceStages:
         """Run the worker that stands beside the job's class."""
         self.manifest.save()
         worker = f"{type(job).__module__}:{type(job).__name__.removesuffix('Job')}Worker"
-        work = Work(job.out, worker, job, self.manifest.parts[self.manifest.last(job.out.stage)], items, unit, alone)
+        work = Work(job.out, worker, job, self.manifest.num_parts(job.out), items, unit, alone)
         self.worked |= run_stage(work, self.config.cluster)
 
     def probing(self) -> None:
@@ -86,11 +89,14 @@ class EvidenceStages:
             raise ValueError(f"probing.explain={self.config.probing.explain}: no usable image falls into this split")
 
     def image_embeddings(self) -> None:
-        config, parts = self.config, self.images.num_shards
-        payload = {"data": self.data, "clip": self.clip}
-        folder = self.manifest.plan("image_embeddings", payload, parts, CLIP)
-        job = ImageEmbeddingsJob(folder, self.images, config.clip, config.cluster.threads)
+        self._image_embeddings("image_embeddings", self.clip, self.config.clip)
+
+    def _image_embeddings(self, key: str, identity: Any, clip: ClipSettings) -> Folder:
+        payload = {"data": self.data, "clip": identity}
+        folder = self.manifest.plan(key, payload, self.images.num_shards, CLIP)
+        job = ImageEmbeddingsJob(folder, self.images, clip, self.config.cluster.threads)
         self._stage(job, len(self.images), "image")
+        return folder
 
     def precision(self) -> None:
         """Only where the target model runs on a GPU and its number format is left to us."""

@@ -46,9 +46,10 @@ class FindingStages(VocabularyStages):
             "target": f"{config.target.source} {config.target.name.rsplit('/', 1)[-1]}",
             "images": f"{len(self.images):,}, {int(self.images.ok.sum()):,} usable",
             "vocabulary": f"{words}, {self.num_concepts:,} concepts",
-            "clip": config.clip.name.rstrip("/").rsplit("/", 1)[-1],
+            "clip": config.clip.title,
             "scorer": config.scorer.name,
         }
+        facts |= {"judge": config.judge.title} if config.judge else {}
         payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
         payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn", "traits", "coverage")}
         folder = self.manifest.plan("report", payload, parts)

@@ -6,6 +6,7 @@ stage.
 
 import difflib
 import importlib.metadata
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,7 +55,8 @@ class Run:
     store: StoreSettings
     config: dict[str, Any]
     stages: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each stage that has been planned, in order; later rounds of a stage are stage/1, stage/2, ..."""
+    """Fingerprint of each stage that has been planned, in order; later rounds of a stage are stage/1, stage/2, ...,
+    and what a second CLIP computes is stage/judge."""
     parts: dict[str, int] = field(default_factory=dict)
     """Number of parts of each stage."""
     changes: dict[str, str] = field(default_factory=dict)
@@ -70,17 +72,21 @@ class Run:
         return Store(self.store).get_json(self.path) or {"stages": {}}
 
     def folder(self, key: str) -> Folder:
-        """Of a stage, or of one of its rounds ('scores/2')."""
+        """Of a stage, of one of its rounds ('scores/2'), or of the second CLIP ('image_embeddings/judge')."""
         stage = key.partition("/")[0]
         return Folder(self.store, stage, self.stages[key], TABLES[stage])
 
     def rounds(self, stage: str) -> list[str]:
         """Keys of all rounds of a stage, the stage itself first."""
-        return [key for key in self.stages if key.partition("/")[0] == stage]
+        return [key for key in self.stages if re.fullmatch(rf"{stage}(/\d+)?", key)]
 
     def last(self, stage: str) -> str:
         """Key of the last round of a stage; the stage itself where there is one round only."""
         return self.rounds(stage)[-1]
+
+    def num_parts(self, folder: Folder) -> int:
+        """Of a folder that has been planned."""
+        return next(self.parts[key] for key, found in self.stages.items() if found == folder.fingerprint)
 
     def share(self, other: "Run", stages: tuple[str, ...]) -> None:
         """Take over what another run has of these stages, all rounds of them."""

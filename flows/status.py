@@ -18,9 +18,9 @@ def main(arguments: list[str]) -> int:
         folder = run.folder(stage)
         done = len(folder.done())
         mark = "done" if done >= parts else "open"
-        print(f"  {stage:<18} {done:>4} of {parts:<4} {mark}  {folder.name}  {_statistics(folder)}")
+        print(f"  {stage:<23} {done:>4} of {parts:<4} {mark}  {folder.name}  {_statistics(folder)}")
         if stage in run.changes:
-            print(f"  {'':<18} a new folder, because of {run.changes[stage]}")
+            print(f"  {'':<23} a new folder, because of {run.changes[stage]}")
     return 0
 
 

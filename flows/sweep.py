@@ -9,6 +9,7 @@
 Every stage writes Parquet parts under <store.root>/<stage>/<fingerprint>/; a stage whose parts are all there is
 skipped, so the same command finishes what an interrupted one began, and runs share the stages they have in common.
 With neurons.twin the same is done with random weights, as a run of its own, <run>-twin: what it reaches is the bar.
+With judge a second CLIP validates the names: image_embeddings/judge and phrase_embeddings/judge are its vectors.
 
 With refine.rounds the language model is asked again about units for which there is no good word (stage clusters); then
 answers to explanations run again as stages answers/1, phrases/1, ..., and a unit takes a new name only if it is better.
@@ -28,7 +29,7 @@ from flows.causes import CausesStages
 from flows.config import Config, compose, multirun
 from flows.run import Run
 from flows.vocabulary import round_of
-from tasks.clip import check_clip, clip_identity
+from tasks.clip import clip_identity
 from tasks.clusters import RefineSettings
 from tasks.coverage import CoverageJob
 from tasks.explanations import Earlier, ExplanationsJob
@@ -41,7 +42,7 @@ from tasks.scorers import ScorerSettings
 from tasks.scores import ScoresJob
 from tasks.store import Store
 from tasks.target import random_twin
-from tasks.validation import ValidationJob
+from tasks.validation import Judge, ValidationJob
 
 WORDS = ("answers", "phrases", "phrase_embeddings", "vocabulary")
 """Stages that make the vocabulary."""
@@ -71,8 +72,8 @@ class Sweep(CausesStages):
         self.config = config
         self.manifest = Run(str(config.run), config.store, asdict(config))
         self.rows, self.stamp = list_images(config.probing)
-        check_clip(config.clip)
         self.clip = clip_identity(config.clip)
+        self.judge = clip_identity(config.judge) if config.judge else None
         self.target: Description = describe(config.target, config.layers)
         names = self.target.class_names or sorted({r["label"] for r in self.rows if r["label"]})
         self.class_names = names if config.vocabulary.uses_class_names else []
@@ -168,7 +169,7 @@ class Sweep(CausesStages):
         self.explanations()
         if words is None:
             self.refine()
-        self.validation()
+        self.validation(self.judging())
 
     def refine(self) -> None:
         """Rounds of better words, until they are used up or too few units take one."""
@@ -223,27 +224,33 @@ class Sweep(CausesStages):
         job = ExplanationsJob(folder, *read, self.blocks, config.cluster.threads, earlier)
         self._stage(job, self.num_units, "unit")
 
-    def validation(self) -> None:
-        parts = len(self.blocks)
+    def validation(self, judge: Judge | None) -> None:
         read = ("activations", "image_embeddings", "vocabulary", "explanations")
         payload: dict[str, Any] = {stage: self.hash(stage) for stage in read}
         chance = self.config.neurons.twin_quantile if self.twin is self else None
         if chance is not None:
             payload["chance"] = chance
-        folder = self.manifest.plan("validation", payload, parts, ("numpy", "scipy"))
-        folders = {stage: self.folder(stage) for stage in read}
-        threads = self.config.cluster.threads
-        job = ValidationJob(folder, self.images, **folders, blocks=self.blocks, threads=threads, chance=chance)
+        if judge is not None:
+            payload["judge"] = [judge.image_embeddings.fingerprint, judge.phrase_embeddings.fingerprint]
+        folder = self.manifest.plan("validation", payload, len(self.blocks), ("torch", "numpy", "scipy"))
+        job = ValidationJob(
+            folder,
+            self.images,
+            **{stage: self.folder(stage) for stage in read},
+            blocks=self.blocks,
+            threads=self.config.cluster.threads,
+            chance=chance,
+            judge=judge,
+        )
         self._stage(job, self.num_units, "unit")
 
     def neurons(self) -> None:
-        parts = len(self.blocks)
         payload = asdict(self.config.neurons) | {"validation": self.hash("validation")}
         if self.twin:
             payload["twin"] = self.twin.manifest.stages["validation"]
         else:
             del payload["twin"], payload["twin_quantile"]
-        folder = self.manifest.plan("neurons", payload, parts)
+        folder = self.manifest.plan("neurons", payload, len(self.blocks))
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
         job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
         if self.twin:

@@ -8,12 +8,14 @@ from typing import Any
 
 from flows.evidence import CLIP, EvidenceStages
 from tasks.answers import AnswersJob
+from tasks.clip import ClipSettings
 from tasks.clusters import ClustersJob
 from tasks.embeddings import TEXTS_PER_PART, PhraseEmbeddingsJob
 from tasks.llm import llm_identity
 from tasks.phrases import PhrasesJob
 from tasks.prompting import Prompt, cluster_prompts
-from tasks.store import fingerprint
+from tasks.store import Folder, fingerprint
+from tasks.validation import Judge
 from tasks.vocabulary import VocabularyJob
 
 
@@ -52,13 +54,30 @@ class VocabularyStages(EvidenceStages):
         self.num_phrases = folder.read_all("phrases", columns=["concept_id"]).num_rows
 
     def phrase_embeddings(self, number: int = 0) -> None:
-        config, parts = self.config, -(-self.num_phrases // TEXTS_PER_PART)
-        batch = config.probing.batch_size
         payload = {"phrases": self.hash("phrases"), "clip": self.clip}
-        payload |= {"templates": config.clip.templates, "batch_size": batch}
-        folder = self.manifest.plan(round_of("phrase_embeddings", number), payload, parts, CLIP)
-        job = PhraseEmbeddingsJob(folder, self.folder("phrases"), config.clip, batch, config.cluster.threads)
-        self._stage(job, self.num_phrases, "phrase")
+        key, read = round_of("phrase_embeddings", number), self.folder("phrases")
+        self._phrase_embeddings(key, payload, self.config.clip, read, self.num_phrases)
+
+    def _phrase_embeddings(
+        self, key: str, payload: dict[str, Any], clip: ClipSettings, read: Folder, count: int
+    ) -> Folder:
+        batch = self.config.probing.batch_size
+        payload |= {"templates": clip.templates, "batch_size": batch}
+        folder = self.manifest.plan(key, payload, -(-count // TEXTS_PER_PART), CLIP)
+        job = PhraseEmbeddingsJob(folder, read, clip, batch, self.config.cluster.threads)
+        self._stage(job, count, "phrase")
+        return folder
+
+    def judging(self) -> Judge | None:
+        """Vectors of all images and concepts by the CLIP that judges; nothing where there is no second one."""
+        settings = self.config.judge
+        if settings is None:
+            return None
+        images = self._image_embeddings("image_embeddings/judge", self.judge, settings)
+        payload = {"vocabulary": self.hash("vocabulary"), "clip": self.judge}
+        read = self.folder("vocabulary")
+        count = read.read_all("concepts", columns=["concept_id"]).num_rows
+        return Judge(images, self._phrase_embeddings("phrase_embeddings/judge", payload, settings, read, count))
 
     def vocabulary(self, number: int = 0) -> None:
         merge = self.config.vocabulary.merge

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from tasks.store import fingerprint
 
 @dataclass
 class ClipSettings:
+    key: ClassVar[str] = "clip"
+    """Where it stands in the config, for messages."""
     name: str = "ViT-B-32"
     """open_clip model name, or a local folder with open_clip_config.json and open_clip_model.safetensors."""
     pretrained: str | None = "laion2b_s34b_b79k"
@@ -29,14 +31,25 @@ class ClipSettings:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("clip.name is missing: give an open_clip model name or a folder")
+            raise ValueError(f"{self.key}.name is missing: give an open_clip model name or a folder")
         bad = [t for t in self.templates if t.count("{}") != 1]
         if bad or not self.templates:
-            raise ValueError(f"clip.templates={bad or self.templates}: each template needs exactly one {{}}")
+            raise ValueError(f"{self.key}.templates={bad or self.templates}: each template needs exactly one {{}}")
 
     @property
     def is_folder(self) -> bool:
         return os.path.isdir(self.name)
+
+    @property
+    def title(self) -> str:
+        """Name for people: of a folder only the last part."""
+        return self.name.rstrip("/").rsplit("/", 1)[-1]
+
+
+class JudgeSettings(ClipSettings):
+    """A second CLIP, which judges the names that the first one made."""
+
+    key: ClassVar[str] = "judge"
 
 
 @dataclass
@@ -113,13 +126,14 @@ def _check_name(name: str, pretrained: str | None, key: str, check_pretrained: b
 def check_clip(settings: ClipSettings) -> None:
     """Raise ValueError, without loading anything, where the CLIP named cannot exist."""
     if settings.is_folder:
-        _folder_config(settings.name, "clip")
+        _folder_config(settings.name, settings.key)
     else:
-        _check_name(settings.name, settings.pretrained, "clip", True)
+        _check_name(settings.name, settings.pretrained, settings.key, True)
 
 
 def clip_identity(settings: ClipSettings) -> str:
-    """What the fingerprint holds of the CLIP: for local files their sizes and the hash of every byte."""
+    """What the fingerprint holds of the CLIP: for local files the hash of every byte. Raises as check_clip."""
+    check_clip(settings)
     if not settings.is_folder:
         return f"{settings.name} {settings.pretrained}"
     files = sorted(f for f in os.listdir(settings.name) if f.endswith((".json", ".safetensors", ".txt")))
@@ -134,7 +148,7 @@ class Clip:
     """CLIP on the worker's device; vectors come back as float16 of norm 1."""
 
     def __init__(self, settings: ClipSettings, device: torch.device, batch_size: int) -> None:
-        loaded = load_clip_model(settings)
+        loaded = load_clip_model(settings, settings.key)
         self.settings, self.device, self.batch_size = settings, device, batch_size
         self.model = loaded.model.to(device)
         self.preprocess, self.tokenizer = loaded.preprocess, loaded.tokenizer

@@ -6,11 +6,16 @@ and how sure it is that one similarity follows a unit better than another.
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.stats import norm, pearson3
 
 from tasks.images import ImageList
 from tasks.store import Folder
 from tasks.tables import matrix
+
+DRAWS, SEED = 1000, 0
+"""Of the bootstrap."""
+CONSTANT = 1e-12
+"""Variance in a draw, of a row whose own is 1, below which it is constant there: what rounding leaves of none."""
 
 
 def read_pooled(activations: Folder, shard: int, block: int) -> np.ndarray:
@@ -50,15 +55,74 @@ def fisher(r: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return np.tanh(z - 1.96 * deviation), np.tanh(z + 1.96 * deviation), norm.sf(z / deviation)
 
 
+def standardised(x_UN: np.ndarray) -> np.ndarray:
+    """float64 [U, N]: each row with mean 0 and standard deviation 1 (divisor N); NaN where it is constant."""
+    x = x_UN.astype(np.float64)
+    same = x.max(1, initial=-np.inf) <= x.min(1, initial=np.inf)  # of equal values the mean may be off by a last bit
+    x -= x.mean(1, keepdims=True)
+    deviation = np.sqrt((x * x).mean(1))
+    return x / np.where(same, np.nan, deviation)[:, None]
+
+
 def paired(a_UN: np.ndarray, s_UN: np.ndarray) -> np.ndarray:
     """Pearson correlation float64 [U] of each row with its own partner; NaN where one is constant or N < 4."""
     if a_UN.shape[1] < 4:
         return np.full(len(a_UN), np.nan)
-    a, s = a_UN.astype(np.float64), s_UN.astype(np.float64)
-    a, s = a - a.mean(1, keepdims=True), s - s.mean(1, keepdims=True)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(s, axis=1)
+    return (standardised(a_UN) * standardised(s_UN)).mean(1).clip(-1, 1)
+
+
+def permutation_p(a_UN: np.ndarray, s_UN: np.ndarray) -> np.ndarray:
+    """One-sided p value float64 [U] of the correlation of each row with its own partner, had the images been shuffled.
+
+    Nothing is drawn. Over all N! permutations r has mean 0, variance 1 / (N - 1) and skewness
+    g_a g_s sqrt(N - 1) / (N - 2), with g = mean(z^3) of the standardised row: of E[r^3], the sum over i, j, k of
+    z_i z_j z_k E[t_i t_j t_k] / N^3, three equal indices are 1, two equal ones 3 / (N - 1), and three different ones
+    4 / ((N - 1) (N - 2)) times g_a g_s / N^2, together g_a g_s / ((N - 1) (N - 2)).
+
+    The tail is that of the Pearson type III (shifted gamma) distribution with these moments (Mielke and Berry,
+    Permutation Methods, 2007; Winkler et al., NeuroImage 141, 2016). NaN where a row is constant or N < 4; 0 beyond the
+    end that the distribution has where the skewness is negative.
+    """
+    count = a_UN.shape[1]
+    if count < 4:
+        return np.full(len(a_UN), np.nan)
+    a, s = standardised(a_UN), standardised(s_UN)
+    skewness = (a**3).mean(1) * (s**3).mean(1) * np.sqrt(count - 1) / (count - 2)
+    return pearson3.sf((a * s).mean(1) * np.sqrt(count - 1), skewness)
+
+
+def redrawn(count: int) -> np.ndarray:
+    """float64 [N, DRAWS], how often each of `count` images is in each draw of as many, with replacement.
+
+    The same for all units, so that their intervals can be compared.
+    """
+    if not count:
+        return np.zeros((0, DRAWS))
+    times = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), DRAWS)
+    return np.ascontiguousarray(times.T, np.float64)
+
+
+def bootstrap(a_UN: np.ndarray, s_UN: np.ndarray, times_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval, two float64 [U], of the correlation of each row with its own partner.
+
+    Quantiles 0.025 and 0.975 of the correlations over redrawn images (Efron's percentile interval), from the weighted
+    moments of all draws and units at once: r = (m_as - m_a m_s) / sqrt((m_aa - m_a^2) (m_ss - m_s^2)). A draw in which
+    a row is constant shows no correlation and counts as 0. NaN where a row is constant or N < 4.
+
+    Takes about 80 U N bytes beside `times_ND`: callers with many units slice them.
+    """
+    units, count = a_UN.shape
+    if count < 4:
+        return np.full(units, np.nan), np.full(units, np.nan)
+    a, s = standardised(a_UN), standardised(s_UN)
+    moments = product(np.concatenate([a, s, a * a, s * s, a * s]), times_ND) / count
+    m_a, m_s, m_aa, m_ss, m_as = moments.reshape(5, units, -1)
+    v_a, v_s = m_aa - m_a**2, m_ss - m_s**2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(norms > 1e-12, (a * s).sum(1) / norms, np.nan).clip(-1, 1)
+        r_UD = (m_as - m_a * m_s) / np.sqrt(v_a * v_s)
+    r_UD = np.where((v_a < CONSTANT) | (v_s < CONSTANT), 0, r_UD).clip(-1, 1)
+    lower, upper = np.quantile(r_UD, (0.025, 0.975), axis=1)
+    return lower, upper
 
 
 def better(r_new: np.ndarray, r_old: np.ndarray, between: np.ndarray, count: int) -> np.ndarray:

@@ -85,6 +85,7 @@ class EmbeddingsWorker:
 class PhraseEmbeddingsJob:
     out: Folder
     phrases: Folder
+    """Of the table phrases, or of concepts."""
     clip: ClipSettings
     batch_size: int
     threads: int
@@ -100,7 +101,8 @@ class PhraseEmbeddingsWorker:
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
         with report.phase("read"):
-            phrases = self.job.phrases.read_all("phrases", columns=["concept_id", "concept"])
+            table = "phrases" if "phrases" in self.job.phrases.tables else "concepts"
+            phrases = self.job.phrases.read_all(table, columns=["concept_id", "concept"])
             phrases = phrases.slice(part * TEXTS_PER_PART, TEXTS_PER_PART)
         with report.phase("compute"):
             vectors = self.clip.concepts(phrases["concept"].to_pylist())

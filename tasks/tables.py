@@ -26,7 +26,7 @@ from tasks.columns import (
     UNIT,
 )  # fmt: skip
 
-VERSION = 4
+VERSION = 5
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
@@ -171,9 +171,17 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     | {
         "images": (I32, "images of the validate split used"),
         "correlation": (F32, "Pearson, activation against similarity to the phrase, validate split"),
-        "lower": (F32, "95 % interval, Fisher's transform"),
+        "lower": (F32, "95 % interval of the correlation, bootstrap over images"),
         "upper": (F32, "95 % interval"),
-        "p": (F64, "one-sided p value of no positive correlation, Fisher's transform"),
+        "p": (F64, "one-sided p value of the correlation among all permutations of the images, from their moments"),
+        "auprc": (
+            F32,
+            "average precision of the similarity for the unit's top images, above its explain quantile 0.95",
+        ),
+        "auc": (F32, "chance that a top image is more similar to the name than another image, ties half"),
+        "f1": (F32, "the unit's top images against the name's, by similarity: harmonic mean of precision and recall"),
+        "iou": (F32, "the same: intersection over union"),
+        "mad": (F32, "mean activation on the name's top images less that on the others, in the others' deviations"),
         "rival": (STR, "best other concept on the select split"),
         "rival_gain": (F32, "how much better the rival correlates there, in standard errors"),
     },
@@ -194,11 +202,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "confidence": (F32, "correlation with the phrase on the validate split; null without one"),
         "lower": (F32, "95 % interval of the confidence"),
         "upper": (F32, "95 % interval"),
-        "bar": (
-            F32,
-            "correlation that a name must exceed with its whole interval: from what the layer's randomly initialised "
-            "twin reaches with the same name, or neurons.min_correlation",
-        ),
+        "bar": (F32, "what the interval must exceed: what random weights reach with the name, or min_correlation"),
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
     },

@@ -1,8 +1,9 @@
 """Stage validation: does the name predict the unit on images that did not make it?
 
-In: explanations, pooled activations and image embeddings of the held-out splits. Out: one row a unit: the correlation
-on validate with its interval and p value, and the best rival concept on select. For a randomly initialised twin also
-one row a concept: what the twin's units reach with it.
+In: explanations, pooled activations and image embeddings; of a second CLIP, where one judges, image embeddings and
+concept vectors. Out: one row a unit: on validate the correlation with its interval and p value, and how well the name
+finds the unit's strongest images; on select the best rival concept. For a randomly initialised twin also one row a
+concept: what the twin's units reach with it.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from tasks.correlation import correlations, fisher, product, read_block
+from tasks.correlation import bootstrap, correlations, paired, permutation_p, product, read_block, redrawn
 from tasks.forward import worker_device
-from tasks.images import ImageList
+from tasks.images import SPLITS, ImageList
 from tasks.layers import Block
+from tasks.metrics import auc, auprc, f1, iou, mad, positives
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
@@ -22,6 +24,17 @@ CHANCE_UNITS = 512
 """Units of a layer that tell what chance reaches: those of a random layer are all alike."""
 SYNONYM = 0.9
 """Text cosine from which two concepts count as one meaning, so that neither is the other's rival."""
+UNITS = 64
+"""Units measured at once: bounds the memory."""
+
+
+@dataclass
+class Judge:
+    """Where the vectors lie of a CLIP that judges names which another one made."""
+
+    image_embeddings: Folder
+    phrase_embeddings: Folder
+    """Of the vocabulary's concepts, in their order."""
 
 
 @dataclass
@@ -36,25 +49,55 @@ class ValidationJob:
     threads: int
     chance: float | None
     """Quantile over units of their correlation with each concept that is stored; None for none."""
+    judge: Judge | None = None
+    """None where the CLIP that made the names judges them."""
 
 
 class ValidationWorker:
-    """Correlations of one unit block as one product of standardised activations and similarities."""
+    """Correlations of one unit block as products of standardised activations and similarities."""
 
     def __init__(self, job: ValidationJob) -> None:
         self.job = job
         worker_device(job.threads)
 
     @cached_property
-    def vectors(self) -> tuple[np.ndarray, dict[str, int]]:
-        """Concept vectors float32 [C, D] and the row of each concept."""
+    def row_of(self) -> dict[str, int]:
+        """Row of each concept in the vocabulary."""
         concepts = self.job.vocabulary.read_all("concepts", columns=["concept"])["concept"].to_pylist()
-        table = self.job.vocabulary.read_all("concept_embeddings")
-        return matrix(table["embedding"]).astype(np.float32), {c: i for i, c in enumerate(concepts)}
+        return {concept: row for row, concept in enumerate(concepts)}
 
     @cached_property
-    def images_ND(self) -> np.ndarray:
-        return matrix(self.job.image_embeddings.read_all("image_embeddings")["embedding"]).astype(np.float32)
+    def made_by(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of the images, float32 [N, D], and of the concepts, [C, D], by the CLIP that made the names."""
+        job = self.job
+        return _vectors(job.image_embeddings, "image_embeddings"), _vectors(job.vocabulary, "concept_embeddings")
+
+    @cached_property
+    def judged_by(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same by the CLIP that judges them."""
+        judge = self.job.judge
+        if judge is None:
+            return self.made_by
+        return (
+            _vectors(judge.image_embeddings, "image_embeddings"),
+            _vectors(judge.phrase_embeddings, "phrase_embeddings"),
+        )
+
+    @cached_property
+    def stored(self) -> np.ndarray:
+        """Numbers of the images whose pooled activations are stored."""
+        return np.flatnonzero(self.job.images.stored)
+
+    @cached_property
+    def of(self) -> dict[str, np.ndarray]:
+        """Places of each split's images among the stored ones."""
+        split = self.job.images.split[self.stored]
+        return {name: np.flatnonzero(split == name) for name in SPLITS}
+
+    @cached_property
+    def times_ND(self) -> np.ndarray:
+        """How often each image of validate is in each draw of the bootstrap."""
+        return redrawn(len(self.of["validate"]))
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
@@ -70,50 +113,87 @@ class ValidationWorker:
         return report
 
     def _validate(self, block: Block, explanations: pa.Table, pooled_US: np.ndarray) -> pa.Table:
-        vectors_CD, row_of = self.vectors
         names = explanations["concepts"].to_pylist()
         most = max(map(len, names))  # fewer where a name is older than the vocabulary's later concepts: its own again
         names = np.array([row + row[:1] * (most - len(row)) for row in names], object)
-        concepts_UR = np.array([[row_of[c] for c in row] for row in names])
-        stored = np.flatnonzero(self.job.images.stored)
-        split = self.job.images.split[stored]
-        correlation_UR = {}
-        for name in ("select", "validate"):
-            chosen = split == name
-            similarity = product(self.images_ND[stored[chosen]], vectors_CD[np.unique(concepts_UR)].T)
-            place = np.searchsorted(np.unique(concepts_UR), concepts_UR)
-            correlation_UR[name] = np.take_along_axis(correlations(pooled_US[:, chosen], similarity), place, 1)
-        count = {name: int((split == name).sum()) for name in correlation_UR}
-        r = correlation_UR["validate"][:, 0]
-        lower, upper, p = fisher(r, count["validate"])
-        rival, gain = best_rival(correlation_UR["select"], vectors_CD[concepts_UR], count["select"])
+        concepts_UR = np.array([[self.row_of[c] for c in row] for row in names])
+        rival, gain = self._rivals(concepts_UR, pooled_US)
+        measured = self._measured(concepts_UR[:, 0], pooled_US)
         columns = {
             "layer": [block.layer] * len(block),
             "unit": np.arange(block.start, block.stop),
-            "images": [count["validate"]] * len(block),
-            "correlation": _nullable(r, pa.float32()),
-            "lower": _nullable(lower, pa.float32()),
-            "upper": _nullable(upper, pa.float32()),
-            "p": _nullable(p, pa.float64()),
+            "images": [len(self.of["validate"])] * len(block),
             "rival": [names[u, i] if i >= 0 else None for u, i in enumerate(rival)],
             "rival_gain": _nullable(gain, pa.float32()),
+            "p": _nullable(measured.pop("p"), pa.float64()),
         }
+        columns |= {column: _nullable(values, pa.float32()) for column, values in measured.items()}
         return make_table("validation", columns)
+
+    def _rivals(self, concepts_UR: np.ndarray, pooled_US: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each unit's other concepts the best on select, by the CLIP that made the names."""
+        images_ND, vectors_CD = self.made_by
+        select, used = self.of["select"], np.unique(concepts_UR)
+        similarity = product(images_ND[self.stored[select]], vectors_CD[used].T)
+        r_UC = correlations(pooled_US[:, select], similarity)
+        r_UR = np.take_along_axis(r_UC, np.searchsorted(used, concepts_UR), 1)
+        return best_rival(r_UR, vectors_CD[concepts_UR], len(select))
+
+    def _measured(self, names_U: np.ndarray, pooled_US: np.ndarray) -> dict[str, np.ndarray]:
+        """What `measures` says of each unit and its name, by the CLIP that judges.
+
+        In float64 the products of float16 vectors are exact: whatever the blocks, no image crosses a threshold.
+        """
+        images_ND, vectors_CD = self.judged_by
+        images_DS = np.ascontiguousarray(images_ND[self.stored].T, np.float64)
+        found = []
+        for start in range(0, len(names_U), UNITS):
+            rows = slice(start, start + UNITS)
+            similarity_US = product(vectors_CD[names_U[rows]].astype(np.float64), images_DS)
+            found.append(measures(pooled_US[rows], similarity_US, self.of, self.times_ND))
+        return {column: np.concatenate([part[column] for part in found]) for column in found[0]}
 
     def _chance(self, block: Block, pooled_US: np.ndarray) -> pa.Table:
         """Of every concept, from the first block of a layer; empty for the others, and where it is not asked for."""
-        vectors_CD, row_of = self.vectors
         reached = np.zeros(0)
         if self.job.chance is not None and block.start == 0:
-            stored = np.flatnonzero(self.job.images.stored)
-            chosen = self.job.images.split[stored] == "validate"
-            similarity = product(self.images_ND[stored[chosen]], vectors_CD.T)
+            images_ND, vectors_CD = self.judged_by
+            chosen = self.of["validate"]
+            similarity = product(images_ND[self.stored[chosen]], vectors_CD.T)
             r_UC = correlations(pooled_US[:, chosen], similarity)
             alive = np.isfinite(r_UC).any(1)
             reached = np.nanquantile(r_UC[alive], self.job.chance, axis=0) if alive.any() else reached
-        concepts = list(row_of)[: len(reached)]
+        concepts = list(self.row_of)[: len(reached)]
         columns = {"layer": [block.layer] * len(concepts), "concept": concepts}
         return make_table("chance", columns | {"correlation": _nullable(reached, pa.float32())})
+
+
+def measures(
+    a_US: np.ndarray, s_US: np.ndarray, of: dict[str, np.ndarray], times_ND: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Columns of the validation table, float64 [U], from pooled activations and similarities with each unit's name.
+
+    `of` has the places of each split; `times_ND` is tasks.correlation.redrawn of validate. What is positive on validate
+    is told by the images of explain.
+    """
+    a, s = a_US[:, of["validate"]], s_US[:, of["validate"]]
+    fires, said = positives(a, a_US[:, of["explain"]]), positives(s, s_US[:, of["explain"]])
+    lower, upper = bootstrap(a, s, times_ND)
+    return {
+        "correlation": paired(a, s),
+        "lower": lower,
+        "upper": upper,
+        "p": permutation_p(a, s),
+        "auprc": auprc(s, fires),
+        "auc": auc(s, fires),
+        "f1": f1(fires, said),
+        "iou": iou(fires, said),
+        "mad": mad(a, said),
+    }
+
+
+def _vectors(folder: Folder, table: str) -> np.ndarray:
+    return matrix(folder.read_all(table, columns=["embedding"])["embedding"]).astype(np.float32)
 
 
 def _nullable(values: np.ndarray, dtype: pa.DataType) -> pa.Array:

@@ -95,8 +95,9 @@ def collect(
     return job, merged
 
 
-def tiny_clip(folder: Path) -> Path:
-    """A CLIP in open_clip's own folder format, two narrow layers a side, random but always the same weights."""
+def tiny_clip(folder: Path, seed: int = 0, width: int = 32) -> Path:
+    """A CLIP in open_clip's own folder format, two narrow layers a side, random but always the same weights; `width` is
+    that of its vectors."""
     import json
 
     import open_clip
@@ -105,7 +106,7 @@ def tiny_clip(folder: Path) -> Path:
 
     config = {
         "model_cfg": {
-            "embed_dim": 32,
+            "embed_dim": width,
             "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
             "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
         },
@@ -113,7 +114,7 @@ def tiny_clip(folder: Path) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = open_clip.model.CLIP(**config["model_cfg"])
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return folder

@@ -12,6 +12,7 @@ from ray._private.services import find_gcs_addresses
 
 from flows.config import CONF, compose, groups, multirun
 from flows.run import load_run
+from tasks.clip import JudgeSettings
 from tasks.layers import LayersSettings, find_layers
 from tasks.store import StoreSettings
 from tasks.target import load_target
@@ -59,6 +60,9 @@ def test_every_choice_of_every_group_composes(group):
         ("target.preprocess.crop=3", "target.preprocess.crop: unknown key; allowed are size, resize_to"),
         ("clip.templates=[photo]", "clip.templates=['photo']: each template needs exactly one {}"),
         ("store.options.secret=x", "store.options.secret: secrets come from the environment"),
+        ("judge=vit_l_15", "judge=vit_l_15: unknown; allowed are folder, open_clip, siglip_b_16, vit_b_32, vit_l_14"),
+        ("judge.nam=x", "judge.nam: unknown key (did you mean name?); allowed are name, pretrained, templates"),
+        ("judge.name=x", "judge.name=x: there is no judge to change; choose one too, for example judge=vit_l_14"),
         ("run=a/b", "run=a/b: allowed are letters, digits and . _ + -"),
         ("cluster.threads=0", "cluster.threads=0: must be at least 1"),
         ("probing", "probing: expected key=value"),
@@ -70,6 +74,17 @@ def test_mistakes_are_one_clear_line(override, message):
         compose([override])
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_the_judge_is_any_clip_or_none():
+    assert compose([]).judge is None
+    assert compose(["judge=null"]).judge is None
+    judge = compose(["judge=vit_l_14", "judge.templates=['a {}']"]).judge
+    assert judge == JudgeSettings("ViT-L-14", "laion2b_s32b_b82k", ["a {}"])
+    assert compose(["judge=world"]).judge == JudgeSettings(f"{compose([]).world}/clip", None, ["{}"])
+    with pytest.raises(ValueError, match=r"^judge\.templates=\['a'\]: each template needs exactly one"):
+        compose(["judge=vit_l_14", "judge.templates=[a]"])
+    assert multirun(["judge=null,vit_l_14"]) == [["judge=null"], ["judge=vit_l_14"]]
 
 
 def test_free_text_and_free_keys():

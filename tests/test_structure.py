@@ -29,8 +29,9 @@ def imports(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_and_docstrings(path):
     found = set(imports(path))
-    assert not {name.split(".")[0] for name in found} & FORBIDDEN[path.relative_to(ROOT).parts[0]]
-    if path.parent.name == "tasks" and path.stem in STAGE_MODULES:
+    folder = path.relative_to(ROOT).parts[0]
+    assert not {name.split(".")[0] for name in found} & FORBIDDEN[folder]
+    if folder == "tasks" and path.stem in STAGE_MODULES:
         others = {f"tasks.{name}" for name in STAGE_MODULES if name != path.stem}
         assert not found & others
     assert ast.get_docstring(ast.parse(path.read_text()))

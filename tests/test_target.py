@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from tasks.clip import Clip, ClipSettings, check_clip, clip_identity
+from tasks.clip import Clip, ClipSettings, JudgeSettings, check_clip, clip_identity
 from tasks.precision import top_overlap
 from tasks.target import TargetSettings, load_target, random_twin
 from tests import samples
@@ -173,6 +173,8 @@ def test_clip_identity_follows_the_bytes(tiny, tmp_path):
 def test_unknown_clips_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         check_clip(ClipSettings(*settings))
+    with pytest.raises(ValueError, match=message.replace("clip.", "judge.", 1)):
+        clip_identity(JudgeSettings(*settings))
 
 
 @pytest.mark.skipif(not samples.DATA.exists(), reason=samples.NO_DATA)

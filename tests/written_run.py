@@ -132,6 +132,7 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
         "upper": None if r is None else min(r + 0.1, 1),
         "bar": 0.05,
         "p": None if r is None else 0.001,
+        **dict.fromkeys(("auprc", "auc", "f1", "iou", "mad"), r),
         "q": None if r is None else 0.01,
         "images": 0 if layer == "head" else 50,
         "rival": concepts[1],
