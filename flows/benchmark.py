@@ -1,10 +1,12 @@
 """axonym benchmark: every scorer on the same evidence, judged by what is known.
 
-In: overrides of the config as for a sweep; scorers=a,b (default: all), halves=true (name twice more, from disjoint
-halves of the images), annotations=FILE (CSV: layer, unit, description). Out: one table per benchmark, printed and as
-Parquet. Each scorer is a run of its own, <run>-<scorer>; all that comes before the scores is made once.
+In: overrides of the config as for a sweep; scorers=auc,soft_wpmi:top_k=10:a=100 (default: all, with their own values),
+halves=true (name twice more, from disjoint halves of the images), annotations=FILE (CSV: layer, unit, description).
+Out: one table per benchmark, printed and as Parquet. Each scorer is a run of its own, <run>-<scorer>; all that comes
+before the scores is made once.
 """
 
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from flows.run import Run
 from flows.stage import Work, run_stage
 from flows.sweep import Sweep
 from tasks.benchmark import NO_SCORER, BenchmarkJob, Named, read_annotations
-from tasks.scorers import SCORERS
+from tasks.scorers import SCORERS, ScorerSettings
 from tasks.store import Folder, Store, fingerprint
 
 
@@ -27,8 +29,6 @@ def main(arguments: list[str]) -> int:
         arguments, {"scorers": str, "halves": str, "annotations": str}, scorers="", halves="false", annotations=""
     )
     scorers = own["scorers"].strip("[]").split(",") if own["scorers"] else [*SCORERS]
-    if unknown := [name for name in scorers if name not in SCORERS]:
-        raise ValueError(f"scorers={own['scorers']}: unknown: {unknown[0]}; allowed are {', '.join(SCORERS)}")
     if own["halves"] not in ("true", "false"):
         raise ValueError(f"halves={own['halves']}: allowed are true, false")
     if own["annotations"]:
@@ -56,7 +56,9 @@ class Benchmark:
     """Runs of one sweep that differ in the scorer, their controls, and what is found when they are judged."""
 
     def __init__(self, sweep: Sweep, scorers: list[str], halves: bool, annotations: str | None) -> None:
-        self.sweep, self.scorers, self.annotations = sweep, scorers, annotations
+        """Raises ValueError for a scorer or a value that there is not."""
+        self.sweep, self.annotations = sweep, annotations
+        self.scorers = {re.sub("[:=]", "_", spec): scorer_settings(spec, sweep.config.scorer.keep) for spec in scorers}
         config, neurons = sweep.config, replace(sweep.config.neurons, twin=False)
         self.shuffled = sweep.variant("shuffled", target=replace(config.target, shuffled=True))
         probing = [replace(config.probing, half=half) for half in (0, 1)] if halves else []
@@ -66,14 +68,13 @@ class Benchmark:
 
     def run(self) -> list[str]:
         """Make and judge all runs; the tables as lines of text."""
-        folder = self._judged({scorer: self._runs(scorer) for scorer in self.scorers})
+        folder = self._judged({name: self._runs(name, scorer) for name, scorer in self.scorers.items()})
         place = Store(self.sweep.config.store).path(folder.name)
         return [*tables(folder.read_all("benchmark").to_pylist()), f"written to {place}"]
 
-    def _runs(self, scorer: str) -> Runs:
+    def _runs(self, name: str, scorer: ScorerSettings) -> Runs:
         """Name all units with one scorer, in the run itself and in its controls."""
-        run, shuffled = self.sweep.scored_by(scorer), self.shuffled.scored_by(scorer)
-        halves = [half.scored_by(scorer) for half in self.halves]
+        run, shuffled, *halves = (s.scored_by(name, scorer) for s in (self.sweep, self.shuffled, *self.halves))
         run.name()
         shuffled.twin = run.twin
         for other in (shuffled, *halves):
@@ -82,7 +83,7 @@ class Benchmark:
         return Runs(run, shuffled, halves)
 
     def _judged(self, runs: dict[str, Runs]) -> Folder:
-        config, first = self.sweep.config, runs[self.scorers[0]].run
+        config, first = self.sweep.config, next(iter(runs.values())).run
         named, truth = {scorer: found.named() for scorer, found in runs.items()}, planted_units(config)
         read = ("activations", "image_embeddings", "vocabulary")
         payload: dict[str, Any] = {stage: first.hash(stage) for stage in read}
@@ -105,6 +106,18 @@ class Benchmark:
         )
         run_stage(Work(folder, "tasks.benchmark:BenchmarkWorker", job, 1, 1, "benchmark", False), config.cluster)
         return folder
+
+
+def scorer_settings(spec: str, keep: int) -> ScorerSettings:
+    """From name:key=value:key=value. Raises ValueError naming what is wrong."""
+    name, *pairs = spec.split(":")
+    params: dict[str, Any] = {}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        try:
+            params[key] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            raise ValueError(f"scorers={spec}: {key}={value}: expected a number") from None
+    return ScorerSettings(name, params, keep)
 
 
 def planted_units(config: Config) -> pa.Table | None:

@@ -112,9 +112,9 @@ class Sweep(CausesStages):
         other.manifest = Run(str(other.config.run), self.config.store, asdict(other.config))
         return other
 
-    def scored_by(self, scorer: str) -> "Sweep":
-        """This sweep with another scorer and its published values, the twin too."""
-        other = self.variant(scorer, scorer=ScorerSettings(scorer, keep=self.config.scorer.keep))
+    def scored_by(self, name: str, scorer: ScorerSettings) -> "Sweep":
+        """This sweep with another scorer, the twin too."""
+        other = self.variant(name, scorer=scorer)
         other.twin = other._twin() if self.twin else None
         return other
 

@@ -17,7 +17,7 @@ from tasks.images import ImageList
 from tasks.probing import split_of
 from tasks.tables import matrix
 
-SCORERS = ["weighted_mean", "correlation", "soft_wpmi"]
+SCORERS = ["weighted_mean", "correlation", "soft_wpmi_top_k_50_a_20"]
 
 
 def unit(number, phrase, *concepts, **more):
@@ -115,7 +115,7 @@ def judged(tmp_path_factory):
         "run=small",
         "cluster=none",
         "neurons.twin=true",
-        f"scorers={','.join(SCORERS)}",
+        "scorers=weighted_mean,correlation,soft_wpmi:top_k=50:a=20",
         "halves=true",
         f"annotations={root}/people.csv",
     ]
@@ -183,7 +183,12 @@ def test_same_command_computes_nothing(judged, capsys):
 
 @pytest.mark.parametrize(
     ("argument", "expected"),
-    [("scorers=best", "unknown: best; allowed are mean_cosine"), ("halves=maybe", "allowed are true, false")],
+    [
+        ("scorers=best", "scorer.name=best: allowed are mean_cosine"),
+        ("scorers=auc:top=3", "scorer.params.top: unknown for auc; allowed are share"),
+        ("scorers=auc:share=few", "scorers=auc:share=few: share=few: expected a number"),
+        ("halves=maybe", "allowed are true, false"),
+    ],
 )
 def test_impossible_arguments(argument, expected, capsys):
     assert run_flow(benchmark, [argument]) == 2
