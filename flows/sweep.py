@@ -27,8 +27,10 @@ from typing import Any
 
 from flows.causes import CausesStages
 from flows.config import Config, compose, multirun
+from flows.evidence import MODEL
 from flows.run import Run
 from flows.vocabulary import round_of
+from tasks.chance import ChanceJob
 from tasks.clip import clip_identity
 from tasks.clusters import RefineSettings
 from tasks.coverage import CoverageJob
@@ -142,6 +144,7 @@ class Sweep(CausesStages):
         self.explain()
         if self.twin:
             self.twin.explain(self.manifest)
+            self.twin.chance()
             self.twin.neurons()
             self.worked |= self.twin.worked
         self.neurons()
@@ -227,9 +230,6 @@ class Sweep(CausesStages):
     def validation(self, judge: Judge | None) -> None:
         read = ("activations", "image_embeddings", "vocabulary", "explanations")
         payload: dict[str, Any] = {stage: self.hash(stage) for stage in read}
-        chance = self.config.neurons.twin_quantile if self.twin is self else None
-        if chance is not None:
-            payload["chance"] = chance
         if judge is not None:
             payload["judge"] = [judge.image_embeddings.fingerprint, judge.phrase_embeddings.fingerprint]
         folder = self.manifest.plan("validation", payload, len(self.blocks), ("torch", "numpy", "scipy"))
@@ -239,22 +239,39 @@ class Sweep(CausesStages):
             **{stage: self.folder(stage) for stage in read},
             blocks=self.blocks,
             threads=self.config.cluster.threads,
-            chance=chance,
             judge=judge,
         )
         self._stage(job, self.num_units, "unit")
 
+    def chance(self) -> None:
+        """What the twin and further random nets reach with each concept; called on the twin."""
+        config, judge = self.config, self.judging()
+        vocabulary, chosen = self.folder("vocabulary"), config.neurons
+        images, vectors = self.folder("image_embeddings"), vocabulary
+        if judge is not None:
+            images, vectors = judge.image_embeddings, judge.phrase_embeddings
+        payload = self._target_payload() | {"pool": config.layers.pool, "dtype": self.dtype}
+        payload |= {"nets": chosen.twin_nets, "quantile": chosen.twin_quantile, "vocabulary": vocabulary.fingerprint}
+        payload |= {"vectors": [images.fingerprint, vectors.fingerprint]}
+        folder = self.manifest.plan("chance", payload, chosen.twin_nets, MODEL)
+        job = ChanceJob(
+            folder, self._target_pass(), config.layers.pool, vocabulary, images, vectors, chosen.twin_quantile
+        )
+        self._stage(job, chosen.twin_nets, "net")
+
     def neurons(self) -> None:
         payload = asdict(self.config.neurons) | {"validation": self.hash("validation")}
         if self.twin:
-            payload["twin"] = self.twin.manifest.stages["validation"]
+            payload["twin"] = [self.twin.hash("validation"), self.twin.hash("chance")]
         else:
-            del payload["twin"], payload["twin_quantile"]
+            for irrelevant in ("twin", "twin_quantile", "twin_nets"):
+                del payload[irrelevant]
         folder = self.manifest.plan("neurons", payload, len(self.blocks))
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
         job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
         if self.twin:
             job.twin, job.twin_names = self.twin.folder("validation"), self.twin.folder("explanations")
+            job.chance = self.twin.folder("chance")
         self._stage(job, self.num_units, "unit")
 
     def coverage(self) -> None:

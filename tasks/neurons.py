@@ -1,7 +1,7 @@
 """Stage neurons: exactly one row for every unit of every chosen layer; what people read.
 
-In: explanations, validation, unit_stats; of the randomly initialised twin, where there is one, the first two. Out: the
-neurons table with phrase, confidence, bar, q value and status.
+In: explanations, validation, unit_stats; of the randomly initialised twin, where there is one, the first two, and what
+chance reaches. Out: the neurons table with phrase, confidence, bar, q value and status.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,10 @@ class NeuronsSettings:
     min_correlation: float = 0.05
     """The lower end of the interval must lie above this to be called explained."""
     twin: bool = False
-    """Measure the bar on the same architecture with random weights, which costs as much again; else min_correlation is
-    the bar."""
+    """Measure the bar on the same architecture with random weights, which costs as much again and a fifth for each
+    further net of twin_nets; else min_correlation is the bar."""
+    twin_nets: int = 8
+    """Random nets that tell what chance reaches with a concept; all but the first see the validate images only."""
     twin_quantile: float = 0.98
     """The bar of a name is what this share of the twin's units of the layer stays below."""
     rival_gain: float = 2.0
@@ -40,6 +42,8 @@ class NeuronsSettings:
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
             raise ValueError(f"neurons.q={self.q}: must lie between 0 and 1")
+        if self.twin_nets < 1:
+            raise ValueError(f"neurons.twin_nets={self.twin_nets}: must be at least 1")
         if not 0 <= self.twin_quantile <= 1:
             raise ValueError(f"neurons.twin_quantile={self.twin_quantile}: must lie between 0 and 1")
 
@@ -56,6 +60,8 @@ class NeuronsJob:
     """Validation of the randomly initialised twin."""
     twin_names: Folder | None = None
     """Its explanations."""
+    chance: Folder | None = None
+    """What random nets reach with each concept."""
 
 
 class NeuronsWorker:
@@ -77,22 +83,22 @@ class NeuronsWorker:
         return dict(zip(found["layer"].to_pylist(), found["low_min"].to_pylist(), strict=True))
 
     @cached_property
-    def chance(self) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
+    def reached(self) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
         """By layer and concept, what chance reaches; by layer, how many times that a name must reach. Empty without a
         twin."""
         job, least = self.job, self.job.settings.min_correlation
-        if job.twin is None or job.twin_names is None:
+        if job.twin is None or job.twin_names is None or job.chance is None:
             return {}, {}
-        reached = {
-            (row["layer"], row["concept"]): max(row["correlation"], least)
-            for row in job.twin.read_all("chance").to_pylist()
-        }
+        reached: dict[tuple[str, str], float] = {}
+        for row in job.chance.read_all("chance").to_pylist():
+            key = row["layer"], row["concept"]
+            reached[key] = max(row["correlation"], reached.get(key, least))
         found = job.twin.read_all("validation", columns=["layer", "correlation"]).to_pylist()
         names = job.twin_names.read_all("explanations", columns=["phrase"])["phrase"].to_pylist()
         ratios: dict[str, list[float]] = {}
         for row, name in zip(found, names, strict=True):
             if row["correlation"] is not None:
-                ratio = np.arctanh(row["correlation"]) / np.arctanh(reached[row["layer"], name])
+                ratio = np.arctanh(row["correlation"]) / np.arctanh(reached.get((row["layer"], name), least))
                 ratios.setdefault(row["layer"], []).append(float(ratio))
         times = {layer: float(np.quantile(r, job.settings.twin_quantile)) for layer, r in ratios.items()}
         return reached, times
@@ -104,7 +110,7 @@ class NeuronsWorker:
         concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names do,
         on Fisher's scale (atanh), which ends at no correlation.
         """
-        (reached, times), least = self.chance, self.job.settings.min_correlation
+        (reached, times), least = self.reached, self.job.settings.min_correlation
         chance = np.array([reached.get((layer, str(name)), least) for name in names])
         return np.maximum(np.tanh(np.arctanh(chance) * times.get(layer, 1.0)), least).astype(np.float32)
 

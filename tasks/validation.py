@@ -2,8 +2,7 @@
 
 In: explanations, pooled activations and image embeddings; of a second CLIP, where one judges, image embeddings and
 concept vectors. Out: one row a unit: on validate the correlation with its interval and p value, and how well the name
-finds the unit's strongest images; on select the best rival concept. For a randomly initialised twin also one row a
-concept: what the twin's units reach with it.
+finds the unit's strongest images; on select the best rival concept.
 """
 
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from tasks.metrics import auc, auprc, f1, iou, mad, positives
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
-CHANCE_UNITS = 512
-"""Units of a layer that tell what chance reaches: those of a random layer are all alike."""
 SYNONYM = 0.9
 """Text cosine from which two concepts count as one meaning, so that neither is the other's rival."""
 UNITS = 64
@@ -47,8 +44,6 @@ class ValidationJob:
     explanations: Folder
     blocks: list[Block]
     threads: int
-    chance: float | None
-    """Quantile over units of their correlation with each concept that is stored; None for none."""
     judge: Judge | None = None
     """None where the CLIP that made the names judges them."""
 
@@ -106,9 +101,8 @@ class ValidationWorker:
             pooled_US = read_block(job.activations, job.images, part)
         with report.phase("compute"):
             table = self._validate(block, explanations, pooled_US)
-            chance = self._chance(block, pooled_US[:CHANCE_UNITS])
         with report.phase("write"):
-            job.out.write(part, {"validation": table, "chance": chance})
+            job.out.write(part, {"validation": table})
         report.rows = {"validation": table.num_rows}
         return report
 
@@ -152,20 +146,6 @@ class ValidationWorker:
             similarity_US = product(vectors_CD[names_U[rows]].astype(np.float64), images_DS)
             found.append(measures(pooled_US[rows], similarity_US, self.of, self.times_ND))
         return {column: np.concatenate([part[column] for part in found]) for column in found[0]}
-
-    def _chance(self, block: Block, pooled_US: np.ndarray) -> pa.Table:
-        """Of every concept, from the first block of a layer; empty for the others, and where it is not asked for."""
-        reached = np.zeros(0)
-        if self.job.chance is not None and block.start == 0:
-            images_ND, vectors_CD = self.judged_by
-            chosen = self.of["validate"]
-            similarity = product(images_ND[self.stored[chosen]], vectors_CD.T)
-            r_UC = correlations(pooled_US[:, chosen], similarity)
-            alive = np.isfinite(r_UC).any(1)
-            reached = np.nanquantile(r_UC[alive], self.job.chance, axis=0) if alive.any() else reached
-        concepts = list(self.row_of)[: len(reached)]
-        columns = {"layer": [block.layer] * len(concepts), "concept": concepts}
-        return make_table("chance", columns | {"correlation": _nullable(reached, pa.float32())})
 
 
 def measures(

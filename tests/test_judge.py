@@ -58,7 +58,7 @@ def test_judge_changes_only_what_comes_after_it(sweeps):
     named, judged = (sweep.manifest.stages for sweep in sweeps.values())
     assert set(judged) - set(named) == KEYS
     changed = {stage for stage in named if named[stage] != judged[stage]}
-    assert changed == {"validation", "neurons", "coverage", "report"}
+    assert changed == {"validation", "neurons", "traits", "coverage", "report"}
     assert sweeps["judged"].twin.manifest.stages.keys() >= KEYS
     for key in KEYS:
         assert sweeps["judged"].twin.manifest.stages[key] == judged[key]
@@ -193,12 +193,12 @@ def test_chance_is_the_judges_too(sweeps, run):
     images, concepts = vectors(sweep, run)
     stored = np.flatnonzero(sweep.images.stored)
     validate = sweep.images.split[stored] == "validate"
-    chance = {row["concept"]: row["correlation"] for row in sweep.folder("validation").read_all("chance").to_pylist()}
+    chance = {row["concept"]: row["correlation"] for row in sweep.folder("chance").read("chance", 0).to_pylist()}
     assert set(chance) == set(concepts)
     first = [a[validate] for unit, a in pooled(sweep).items() if unit < 150 and len(set(a[validate].tolist())) > 1]
     for name, vector in concepts.items():
         s = (images[stored] @ vector)[validate]
-        assert chance[name] == pytest.approx(np.quantile([np.corrcoef(a, s)[0, 1] for a in first], 0.98), abs=1e-5)
+        assert chance[name] == pytest.approx(np.quantile([np.corrcoef(a, s)[0, 1] for a in first], 0.98), abs=1e-3)
 
 
 def test_report_names_the_judge(sweeps):

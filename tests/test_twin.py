@@ -1,15 +1,18 @@
 """The randomly initialised twin: it sets the bars, it shares all that the target has no part in."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from flows.config import compose
 from flows.run import load_run
 from flows.sweep import Sweep
 from tasks.correlation import read_pooled
+from tasks.images import ImageReader
 from tasks.layers import Block
 from tasks.neurons import NeuronsJob, NeuronsSettings, NeuronsWorker
 from tasks.store import Folder, StoreSettings
@@ -36,6 +39,7 @@ def arguments(tmp_path_factory):
         "vocabulary.source=class_names",
         "vocabulary.path=null",
         "neurons.twin=true",
+        "neurons.twin_nets=2",
         "unit_block=50",
         "cluster=none",
     ]
@@ -55,7 +59,7 @@ def runs(root):
 
 def test_twin_shares_what_the_target_has_no_part_in(reference):
     run, twin = runs(reference)
-    assert {stage for stage in twin.stages if twin.stages[stage] == run.stages[stage]} == SHARED
+    assert {stage for stage in twin.stages if twin.stages[stage] == run.stages.get(stage)} == SHARED
     assert set(run.stages) - set(twin.stages) == {"traits", "coverage", "report"}
     assert "goldfish" in run.folder("vocabulary").read_all("concepts")["concept"].to_pylist()
     changed = {key for key in run.config if run.config[key] != twin.config[key]}
@@ -77,15 +81,19 @@ def test_bar_is_what_chance_reaches_with_the_same_name(reference):
     neurons = run.folder("neurons").read_all("neurons").to_pylist()
     named = twin.folder("explanations").read_all("explanations").to_pylist()
     for layer in ("layer1.0", "layer4.0"):
-        first = next(part for part, rows in enumerate(_layers(twin)) if rows == layer)  # the layer's first unit block
+        parts = [part for part, rows in enumerate(_layers(twin)) if rows == layer]
         shards = range(run.parts["activations"])
-        pooled = np.concatenate([read_pooled(twin.folder("activations"), shard, first) for shard in shards], 1)
+        pooled = np.concatenate(
+            [np.concatenate([read_pooled(twin.folder("activations"), s, part) for s in shards], 1) for part in parts]
+        )
         pooled = pooled[:, np.isin(stored, validate)].astype(np.float64)
         similarity = vectors[validate] @ texts.T
         r = np.array([[pearson(a, s) for s in similarity.T] for a in pooled])
-        chance = dict(
-            zip(concepts, np.maximum(np.nanquantile(r[np.isfinite(r).any(1)], 0.98, axis=0), 0.05), strict=True)
-        )
+        other = twin.folder("chance").read("chance", 1, filters=[("layer", "==", layer)])
+        assert other["concept"].to_pylist() == concepts
+        chance = np.nanquantile(r[np.isfinite(r).any(1)], 0.98, axis=0)
+        chance = np.maximum(np.maximum(chance, other["correlation"].to_numpy()), 0.05)
+        chance = dict(zip(concepts, chance, strict=True))
         rows = {
             row["unit"]: row
             for row in twin.folder("validation").read_all("validation").to_pylist()
@@ -168,6 +176,29 @@ def test_target_with_fixed_weights_is_refused_and_nothing_written(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_second_random_net_by_hand(arguments, reference):
+    """Its weights are of the next seed, and every image is looked at once."""
+    _, twin = runs(reference)
+    sweep = Sweep(compose([*arguments, f"store.root={reference}"]))
+    sweep.probing()
+    images, settings = sweep.images, sweep.twin.config.target
+    assert settings.seed == 1
+    target, numbers = load_target(replace(settings, seed=2)), np.flatnonzero(images.split == "validate")
+    seen = []
+    target.model.layer4[0].register_forward_hook(lambda _, __, output: seen.append(output.amax((2, 3))))
+    reader = ImageReader({})
+    for number in numbers:
+        pixels = torch.from_numpy(target.preprocess.pixels(images.open(number, reader)))[None]
+        target.model(target.preprocess.normalise(pixels))
+    pooled = torch.cat(seen).T.double().numpy()
+    texts = matrix(twin.folder("vocabulary").read_all("concept_embeddings")["embedding"]).astype(np.float64)
+    vectors = matrix(twin.folder("image_embeddings").read_all("image_embeddings")["embedding"]).astype(np.float64)
+    r = np.array([[pearson(a, s) for s in (vectors[numbers] @ texts.T).T[:20]] for a in pooled])
+    expected = np.nanquantile(r[np.isfinite(r).any(1)], 0.98, axis=0)
+    found = twin.folder("chance").read("chance", 1, filters=[("layer", "==", "layer4.0")])["correlation"].to_numpy()
+    np.testing.assert_allclose(found[:20], expected, atol=1e-4)
+
+
 LOWER = [0.04, 0.06, 0.24, 0.26, None, 0.9]
 Q = [0.001, 0.001, 0.001, 0.001, None, 0.5]
 
@@ -196,7 +227,8 @@ def test_names_must_clear_their_bar(tmp_path, reached, chance, settings, bar, ex
     }
     if reached:
         known = {"concept": ["x"], "correlation": [chance]} if chance else {"concept": [], "correlation": []}
-        folders["twin"] = folder(tmp_path, "twin", validation={"correlation": reached}, chance=known)
+        folders["twin"] = folder(tmp_path, "twin", validation={"correlation": reached})
+        folders["chance"] = folder(tmp_path, "chance", chance=known)
         folders["twin_names"] = folder(tmp_path, "twin_names", explanations={"phrase": ["x"] * len(reached)})
     out = Folder(StoreSettings(str(tmp_path)), "neurons", "x", ("neurons",))
     job = NeuronsJob(out, **folders, blocks=[Block("only", 0, 6)], settings=NeuronsSettings(**settings))
