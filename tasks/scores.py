@@ -31,6 +31,8 @@ ADDS, LEADS = 0.15, 0.2
 """A second meaning must add this share of the first's weighted mean, and lead the median concept by this share of the
 first's lead. Of planted units with two meanings 26 of 30 show both so, and 7 % of those with one get a second
 (docs/design.md, section 9)."""
+CLUSTER = 0.2
+"""Share of the patches below which they are no meaning of their own."""
 IMAGES = 65_536
 """Images that go into the covariance at once."""
 SHARE_Z = 1.645
@@ -214,7 +216,7 @@ class ScoresWorker:
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
         index[missing, -1], best[missing, -1] = adds[missing, 0], scores_UC[missing].gather(1, adds[missing])[:, 0]
         shares_U2 = meaning_shares(evidence, first_U1, adds)
-        other = torch.where(index == adds, shares_U2[:, 1:], torch.nan)
+        other = torch.where((index == adds) & (shares_U2[:, 1:] > 0), shares_U2[:, 1:], torch.nan)
         meaning = torch.where(index == first_U1, shares_U2[:, :1], other)
         units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
         chosen = index.cpu().numpy().reshape(-1)
@@ -277,8 +279,10 @@ def share(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
 
 def meaning_shares(evidence: Evidence, first_U1: torch.Tensor, adds_U1: torch.Tensor) -> torch.Tensor:
     """[U, 2], share of each unit's patches that the first concept fits best and that the one that adds to it does; 1
-    and 0 where nothing adds. The patches' two clusters, with the concepts as their centres."""
+    and 0 where nothing adds, or to less than CLUSTER of them. The patches' two clusters, with the concepts as centres.
+    """
     z_UP2 = _patch_z(evidence, torch.cat([first_U1, adds_U1.clamp(min=0)], 1))
     other_UP = (z_UP2[:, :, 1] > z_UP2[:, :, 0]) & evidence.has_patch_UP & (adds_U1 >= 0)
     other_U = other_UP.sum(1) / evidence.has_patch_UP.sum(1).clamp(min=1)
+    other_U = torch.where(other_U >= CLUSTER, other_U, 0)
     return torch.stack([1 - other_U, other_U], 1)

@@ -192,6 +192,7 @@ def test_shares_of_patches_by_hand(seed):
         count = max(len(z), 1)
         np.testing.assert_allclose(shares[unit], [sum(row[i] > 1.645 for row in z) / count for i in (0, 1)], rtol=1e-6)
         other = sum(second > first for first, second in z) / count if unit != 4 else 0
+        other *= other >= 0.2
         np.testing.assert_allclose(meanings[unit], [1 - other, other], rtol=1e-6)
 
 
