@@ -148,7 +148,7 @@ def test_ties_are_not_favoured(seed, count):
     if positive.all() or not positive.any():
         assert np.isnan(auprc(score, positive)).all()
         return
-    assert auc(score, positive)[0] == pytest.approx(auc(broken, some).mean(), abs=0.03)
+    assert auc(score, positive)[0] == pytest.approx(auc(broken, some).mean(), abs=0.06)
     order = rng.permutation(count)
     np.testing.assert_allclose(auprc(score[:, order], positive[:, order]), auprc(score, positive), rtol=1e-12)
     assert auprc(np.zeros((1, count)), positive)[0] == pytest.approx(positive.mean())
