@@ -3,6 +3,7 @@ KIND := $(shell command -v nvidia-smi > /dev/null 2>&1 && echo gpu || echo cpu)
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready-$(KIND)
+IMAGE ?= registry.example.com/axonym:0.1.0
 UV := $(shell command -v uv 2> /dev/null || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
@@ -38,9 +39,12 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+image:  ## build the image of a cluster's nodes, IMAGE=registry.example.com/axonym:0.1.0
+	docker build --file infra/Dockerfile --tag $(IMAGE) .
+
 lock: | $(filter .uv/bin/uv,$(UV))  ## resolve all versions anew
 	for kind in cpu gpu; do \
 	  echo torch==2.13.0 | $(UV) pip compile --quiet pyproject.toml --extra $$kind --extra dev --python-version 3.11 \
 	    --no-emit-index-url --generate-hashes --no-header --override /dev/stdin -o infra/requirements-$$kind.txt; done
 
-.PHONY: help setup browser demo test check lock
+.PHONY: help setup browser demo test check image lock

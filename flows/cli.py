@@ -31,8 +31,7 @@ def overview() -> str:
 
 def run_flow(flow: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Exit code of a flow; a ValueError is the user's to mend and becomes one line."""
-    from flows.config import environment
-    from flows.stage import StageFailed
+    from flows.stage import StageFailed, environment
 
     environment()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")

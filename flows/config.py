@@ -7,7 +7,6 @@ the key, the value and what is allowed. No OmegaConf object leaves this file.
 import dataclasses
 import difflib
 import itertools
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,11 +224,3 @@ def flow_arguments(arguments: list[str], own: dict[str, type], **defaults: Any) 
     if missing:
         raise ValueError(f"{missing[0]} is missing: this flow needs {' '.join(f'{k}=...' for k in own)}")
     return found, rest
-
-
-def environment() -> None:
-    """Defaults that must be in the environment before libraries are imported; what the user has set stays."""
-    # S3 servers other than Amazon's often refuse the checksums that newer clients add.
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -34,7 +34,7 @@ class Resources:
     memory: int | None = None
     """Bytes that Ray reserves for the worker."""
     workers: int | None = None
-    """Workers of the stage; default: as many as fit the cluster's CPUs or GPUs."""
+    """Workers of the stage; default: cluster.default.workers, else as many as fit the cluster's nodes as they are."""
     retries: int = 3
     """How often a part is tried again after its worker died."""
 
@@ -47,6 +47,8 @@ class ClusterSettings:
     """Running Ray cluster to join (auto, or ray://host:port); null starts one on this machine."""
     num_cpus: int | None = None
     """CPUs of a Ray started on this machine; default: its cores."""
+    wait: float = 0
+    """Seconds to wait for nodes where no node can hold a worker: an autoscaling cluster takes minutes to add one."""
     threads: int = 1
     """Torch threads of each worker; part of what decides the last bits of every number."""
     default: Resources = field(default_factory=Resources)
@@ -56,6 +58,8 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"cluster.threads={self.threads}: must be at least 1")
+        if self.wait < 0:
+            raise ValueError(f"cluster.wait={self.wait:g}: must be at least 0")
         if self.address and not self.ray:
             raise ValueError(f"cluster.address={self.address}: needs cluster.ray=true")
 
@@ -89,6 +93,9 @@ class Host:
     One host serves stage after stage, so that Python's imports are paid once per process and not once per stage.
     """
 
+    def __init__(self) -> None:
+        environment()  # on other nodes of a cluster the processes have no part in the driver's
+
     def prepare(self, worker: str, job: Any) -> None:
         """Take up another stage; the worker itself is made with its first part, so that its failure is a report too."""
         self.path, self.job, self.worker = worker, job, None
@@ -109,6 +116,14 @@ class Host:
         except Exception as error:
             log.exception("%s part %d failed", self.path, part)
             return PartReport(part, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+
+def environment() -> None:
+    """Defaults that must be in the environment before libraries are imported; what the user has set stays."""
+    # S3 servers other than Amazon's often refuse the checksums that newer clients add.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _peak_mib() -> int:
@@ -165,49 +180,76 @@ def _run_here(work: Work, parts: list[int], cluster: ClusterSettings) -> Iterato
 
 
 IDLE: list[tuple[Resources, Any]] = []
-"""Ray hosts that wait for the next stage, with the resources that they hold."""
+"""Ray hosts that wait for the next stage, with the resources that they hold; those without a place yet come first."""
 
 
 def _run_on_ray(work: Work, parts: list[int], cluster: ClusterSettings) -> Iterator[PartReport]:
-    """Parts over a fixed set of actors, one part each at a time; a dead actor is replaced and its part tried again."""
+    """Parts over a set of actors, one part each at a time; a dead actor is replaced and its part tried again.
+
+    Only an actor that has a place gets a part. So where a node has died or is still to come, the others go on with
+    everything; and the actors without a place are what makes an autoscaling cluster grow.
+    """
     import ray
     from ray.exceptions import RayActorError
 
     start_ray(cluster)
-    need = cluster.resources(work.folder.stage)
-    waiting, tries, running = deque(parts), Counter(), {}
-    job = ray.put(work.job)
-
-    def give(actor: Any) -> None:
-        part = waiting.popleft()
-        running[actor.run.remote(part)] = (actor, part)
-
+    stage, need = work.folder.stage, cluster.resources(work.folder.stage)
+    waiting, tries, job = deque(parts), Counter(), ray.put(work.job)
+    hired: dict[Any, Any] = {}  # actors without a place yet, by what tells that they have one
+    running: dict[Any, tuple[Any, int]] = {}  # actors and their parts, by the report that is awaited
     release_hosts(keep=None if work.alone else need)
-    for _ in range(min(len(parts), need.workers or (1 if work.alone else _fitting(need)))):
-        give(_host(need, work.worker, job))
-    while running:
-        for ref in ray.wait(list(running), num_returns=1)[0]:
-            actor, part = running.pop(ref)
-            try:
-                yield ray.get(ref)
-            except RayActorError as error:
-                tries[part] += 1
-                log.warning("%s part %d: its worker died (%s)", work.folder.stage, part, type(error).__name__)
-                if tries[part] <= need.retries:
-                    waiting.append(part)
+    workers = need.workers or (1 if work.alone else cluster.default.workers or max(_fitting(need), 1))
+    workers = min(len(parts), workers)
+    spare, reason = len(IDLE) + need.retries * workers, ""  # how many may be found dead before they had a part
+    for _ in range(workers):
+        _hire(hired, need, work.worker, job)
+    since, told = time.monotonic(), False
+    try:
+        while waiting or running:
+            if not hired and not running:
+                yield from (PartReport(part, error=f"no worker could be started: {reason}") for part in waiting)
+                return
+            done = ray.wait([*running, *hired], num_returns=1, timeout=1)[0]
+            if done or running:
+                since, told = time.monotonic(), False
+            else:
+                told = _check_room(stage, need, cluster.wait, time.monotonic() - since, told)
+            for ref in done:
+                actor, part = running.pop(ref) if ref in running else (hired.pop(ref), None)
+                try:
+                    report = ray.get(ref)
+                except RayActorError as error:
+                    reason = str(error).splitlines()[0]
+                    at = "before its first part" if part is None else f"at part {part}"
+                    log.warning("%s: a worker died %s (%s)", stage, at, type(error).__name__)
+                    ray.kill(actor)  # perhaps it is only out of reach
+                    tries[part] += 1
+                    if part is None:
+                        spare -= 1
+                    elif tries[part] <= need.retries:
+                        waiting.append(part)
+                    else:
+                        yield PartReport(part, error=f"its worker died {tries[part]} times: {reason}")
+                    if waiting and spare >= 0:
+                        _hire(hired, need, work.worker, job)
+                    continue
+                if part is not None:
+                    yield report
+                if waiting:
+                    part = waiting.popleft()
+                    running[actor.run.remote(part)] = (actor, part)
                 else:
-                    yield PartReport(part, error=f"its worker died {tries[part]} times: {str(error).splitlines()[0]}")
-                actor = _host(need, work.worker, job) if waiting else None
-            if waiting:
-                give(actor)
-            elif actor is not None:
-                IDLE.append((need, actor))
-    if work.alone:
-        release_hosts(keep=None)
+                    IDLE.append((need, actor))
+    finally:
+        IDLE[:0] = [(need, actor) for actor in hired.values()]
+        for actor, _ in running.values():  # only where the stage was broken off
+            ray.kill(actor)
+        if work.alone:
+            release_hosts(keep=None)
 
 
-def _host(need: Resources, worker: str, job: Any) -> Any:
-    """An idle host of these resources, or a new one, prepared for the stage."""
+def _hire(hired: dict[Any, Any], need: Resources, worker: str, job: Any) -> None:
+    """Prepare an idle host of these resources, or a new one, for the stage."""
     import ray
 
     if IDLE:
@@ -215,8 +257,7 @@ def _host(need: Resources, worker: str, job: Any) -> Any:
     else:
         options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory, "max_restarts": 0}
         actor = cast(Any, ray.remote(Host).options(**options).remote())  # its types miss methods
-    actor.prepare.remote(worker, job)
-    return actor
+    hired[actor.prepare.remote(worker, job)] = actor
 
 
 def release_hosts(keep: Resources | None) -> None:
@@ -235,6 +276,7 @@ def start_ray(cluster: ClusterSettings) -> None:
     Raises ValueError naming cluster.address where no cluster answers there.
     """
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         return
@@ -242,7 +284,7 @@ def start_ray(cluster: ClusterSettings) -> None:
     if cluster.address:
         try:
             ray.init(address=cluster.address, logging_level=logging.WARNING)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             hint = "is Ray running there, with the same RAY_AUTH_MODE and token?"
             raise ValueError(f"cluster.address={cluster.address}: {hint} {' '.join(str(error).split())}") from None
     else:
@@ -254,13 +296,31 @@ def start_ray(cluster: ClusterSettings) -> None:
         )
 
 
-def _fitting(need: Resources) -> int:
+def _check_room(stage: str, need: Resources, patience: float, waited: float, told: bool) -> bool:
+    """Say once in a log line why a stage has no worker yet; True if that has been said.
+
+    Raises ValueError where for longer than `patience` seconds no node could hold a worker.
+    """
     import ray
 
-    total = ray.cluster_resources()
-    fits = [total.get(kind, 0) / n for kind, n in (("CPU", need.num_cpus), ("GPU", need.num_gpus)) if n]
-    count = int(min(fits, default=1))
-    if count < 1:
-        has = f"it has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
-        raise ValueError(f"cluster: one worker needs {need.num_cpus:g} CPUs and {need.num_gpus:g} GPUs; {has}")
-    return count
+    lack = "the nodes that could hold one are busy"
+    if not _fitting(need):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        has = ", ".join(sorted({f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes}))
+        lack = f"one worker needs {need.num_cpus:g} CPUs and {need.num_gpus:g} GPUs"
+        lack += f" and {need.memory:,} bytes" if need.memory else ""
+        lack += f"; the nodes there are have {has}"
+        if waited > patience:
+            raise ValueError(f"cluster: {stage}: {lack}")
+    if not told and waited > 30:
+        log.warning("%s: waits for a place for its first worker: %s", stage, lack)
+    return told or waited > 30
+
+
+def _fitting(need: Resources) -> int:
+    """Workers that the nodes of the cluster, as it is now, can hold."""
+    import ray
+
+    asked = {"CPU": need.num_cpus, "GPU": need.num_gpus, "memory": need.memory or 0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min((int(node.get(kind, 0) / n) for kind, n in asked.items() if n), default=1) for node in nodes)

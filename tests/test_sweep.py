@@ -224,6 +224,13 @@ def test_worker_that_always_dies_is_reported(drawn, tmp_path, monkeypatch):
     assert flow.folder("activations").done() == {0, 2}
 
 
+def test_worker_that_no_node_can_hold_is_reported(drawn, tmp_path):
+    more = ["cluster=local", "cluster.num_cpus=2", "cluster.default.num_cpus=1000"]
+    flow = Sweep(compose([*drawn, f"store.root={tmp_path}", *more]))
+    with pytest.raises(ValueError, match="probing: one worker needs 1000 CPUs and 0 GPUs; the nodes there are"):
+        flow.run()
+
+
 def test_part_that_always_fails_is_reported(drawn, tmp_path):
     flow = Sweep(compose([*drawn, f"store.root={tmp_path}", "cluster=local", "cluster.num_cpus=2"]))
     run_until_activations(flow)
