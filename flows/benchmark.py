@@ -2,8 +2,8 @@
 
 In: overrides of the config as for a sweep; scorers=auc,soft_wpmi:top_k=10:a=100 (default: all, with their own values),
 halves=true (name twice more, from disjoint halves of the images), annotations=FILE (CSV: layer, unit, description).
-Out: one table per benchmark, printed and as Parquet. Each scorer is a run of its own, <run>-<scorer>; all that comes
-before the scores is made once.
+Out: one table per benchmark, printed and as Parquet, and a picture of the trade-off, tradeoff.svg. Each scorer is a run
+of its own, <run>-<scorer>; all that comes before the scores is made once.
 """
 
 import re
@@ -15,11 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.config import Config, compose, flow_arguments
+from flows.config import compose, flow_arguments
 from flows.run import Run
 from flows.stage import Work, run_stage
 from flows.sweep import Sweep
 from tasks.benchmark import NO_SCORER, BenchmarkJob, Named, read_annotations
+from tasks.charts import Axis, Point, chart
 from tasks.scorers import SCORERS, ScorerSettings
 from tasks.store import Folder, Store, fingerprint
 
@@ -69,8 +70,10 @@ class Benchmark:
     def run(self) -> list[str]:
         """Make and judge all runs; the tables as lines of text."""
         folder = self._judged({name: self._runs(name, scorer) for name, scorer in self.scorers.items()})
-        place = Store(self.sweep.config.store).path(folder.name)
-        return [*tables(folder.read_all("benchmark").to_pylist()), f"written to {place}"]
+        figures, store = folder.read_all("benchmark").to_pylist(), Store(self.sweep.config.store)
+        if picture := tradeoff(figures):
+            store.put(f"{folder.name}/tradeoff.svg", picture.encode())
+        return [*tables(figures), f"written to {store.path(folder.name)}"]
 
     def _runs(self, name: str, scorer: ScorerSettings) -> Runs:
         """Name all units with one scorer, in the run itself and in its controls."""
@@ -84,7 +87,8 @@ class Benchmark:
 
     def _judged(self, runs: dict[str, Runs]) -> Folder:
         config, first = self.sweep.config, next(iter(runs.values())).run
-        named, truth = {scorer: found.named() for scorer, found in runs.items()}, planted_units(config)
+        named = {scorer: found.named() for scorer, found in runs.items()}
+        truth = planted_units(config.world, config.target.checkpoint)
         read = ("activations", "image_embeddings", "vocabulary")
         payload: dict[str, Any] = {stage: first.hash(stage) for stage in read}
         payload |= {"named": {scorer: n.identity() for scorer, n in named.items()}}
@@ -120,12 +124,12 @@ def scorer_settings(spec: str, keep: int) -> ScorerSettings:
     return ScorerSettings(name, params, keep)
 
 
-def planted_units(config: Config) -> pa.Table | None:
-    """The truth about the target's units where it is a trained net of the drawn world."""
-    checkpoint = Path(config.target.checkpoint or "")
-    if checkpoint.parent != Path(config.world):
+def planted_units(world: str, checkpoint: str | None) -> pa.Table | None:
+    """The truth about the target's units where it is a trained net of the drawn world in that folder."""
+    path = Path(checkpoint or "")
+    if path.parent != Path(world):
         return None
-    return pq.read_table(f"{config.world}/planted.parquet", filters=[("net", "==", checkpoint.stem)])
+    return pq.read_table(f"{world}/planted.parquet", filters=[("net", "==", path.stem)])
 
 
 def tables(figures: list[dict[str, Any]]) -> list[str]:
@@ -146,6 +150,22 @@ def tables(figures: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{subject:<{width}}  " + "  ".join(texts).rstrip())
         lines.append("")
     return lines
+
+
+def tradeoff(figures: list[dict[str, Any]]) -> str | None:
+    """SVG: every scorer by how it names the final layer, and how its names follow hidden units; None without both."""
+    first = {f["scorer"]: f for f in figures if (f["subject"], f["measure"]) == ("classes", "first")}
+    follows = {f["scorer"]: f for f in figures if (f["subject"], f["measure"]) == ("hidden", "correlation")}
+    points = [
+        Point(first[s]["value"], f["value"], s.replace("_", " "), f["lower"], f["upper"], s == ScorerSettings().name)
+        for s, f in follows.items()
+        if s in first
+    ]
+    if not points:
+        return None
+    x = Axis("final units whose own class name comes first", 0, min(1, 1.15 * max(p.x for p in points)), percent=True)
+    y = Axis("held-out correlation of hidden units' names", 0, 1.15 * max(max(p.upper or p.y for p in points), 1e-3))
+    return chart(f"{len(points)} scorers, {next(iter(follows.values()))['units']:,} hidden units", x, y, points)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def _examples(verdicts: list[Verdict], redrawn: dict[tuple[str, int], float | No
         said = n["phrase"] if n["status"] in ("explained", "ambiguous", "unexplained") else None
         found = plain(f"{said or '-'} ({n['status']})")
         numbers = "" if n["confidence"] is None else f"confidence {n['confidence']:5.2f}"
+        numbers += "" if n["probability"] is None else f"  probability {n['probability']:4.2f}"
         numbers += "" if auc is None else f"  redrawn AUC {auc:.2f}"
         mark = "right" if v.first else "wrong"
         truth = f"{t['kind']}: {' | '.join(t['concepts'])}" if t["concepts"] else t["kind"]

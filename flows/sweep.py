@@ -30,6 +30,7 @@ from flows.config import Config, compose, multirun
 from flows.evidence import MODEL
 from flows.run import Run
 from flows.vocabulary import round_of
+from tasks.calibration import load
 from tasks.chance import ChanceJob
 from tasks.clip import clip_identity
 from tasks.clusters import RefineSettings
@@ -260,7 +261,10 @@ class Sweep(CausesStages):
         self._stage(job, chosen.twin_nets, "net")
 
     def neurons(self) -> None:
+        path = self.config.neurons.calibration
+        learned = load(path, self.config.scorer.name) if path else None
         payload = asdict(self.config.neurons) | {"validation": self.hash("validation")}
+        payload["calibration"] = learned and asdict(learned)
         if self.twin:
             payload["twin"] = [self.twin.hash("validation"), self.twin.hash("chance")]
         else:
@@ -268,7 +272,7 @@ class Sweep(CausesStages):
                 del payload[irrelevant]
         folder = self.manifest.plan("neurons", payload, len(self.blocks))
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}
-        job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons)
+        job = NeuronsJob(folder, **folders, blocks=self.blocks, settings=self.config.neurons, calibration=learned)
         if self.twin:
             job.twin, job.twin_names = self.twin.folder("validation"), self.twin.folder("explanations")
             job.chance = self.twin.folder("chance")

@@ -20,7 +20,7 @@ from tasks.tables import make_table, matrix
 
 CONCEPTS = 5
 """Concepts of an explanation."""
-COLUMNS = ("concept", "score", "lead", "adds", "meaning")
+COLUMNS = ("concept", "score", "lead", "adds", "meaning", "share")
 EXEMPLARS = 20
 """Exemplar ids that an explanation carries."""
 
@@ -132,6 +132,7 @@ def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
         "concepts": concepts.tolist(),
         "weights": weights.astype(np.float32),
         "margin": score[:, 0] - score[:, 1] if keep > 1 else score[:, 0],
+        "match": columns["share"][:, 0],
         "meanings": [row[mean].tolist() for row, mean in zip(columns["concept"], means, strict=True)],
         "shares": [row[mean].tolist() for row, mean in zip(shares, means, strict=True)],
         "exemplars": list(ids.values()),

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from tasks.calibration import SHIPPED, Calibration, evidence, load
 from tasks.layers import Block
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
@@ -38,6 +39,8 @@ class NeuronsSettings:
     """The bar of a name is what this share of the twin's units of the layer stays below."""
     rival_gain: float = 2.0
     """A rival concept that does better on select by more standard errors than this makes the name ambiguous."""
+    calibration: str | None = str(SHIPPED)
+    """File from which the probability of a name comes, as `axonym calibrate` writes it; null for none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
@@ -46,6 +49,8 @@ class NeuronsSettings:
             raise ValueError(f"neurons.twin_nets={self.twin_nets}: must be at least 1")
         if not 0 <= self.twin_quantile <= 1:
             raise ValueError(f"neurons.twin_quantile={self.twin_quantile}: must lie between 0 and 1")
+        if self.calibration:
+            load(self.calibration, "")
 
 
 @dataclass
@@ -56,6 +61,8 @@ class NeuronsJob:
     validation: Folder
     blocks: list[Block]
     settings: NeuronsSettings
+    calibration: Calibration | None = None
+    """None where it is of another scorer."""
     twin: Folder | None = None
     """Validation of the randomly initialised twin."""
     twin_names: Folder | None = None
@@ -126,7 +133,7 @@ class NeuronsWorker:
             off = unit_state(stats, rectified=self.lows[block.layer] >= RECTIFIED)
             bar = self.bars(block.layer, explanations["phrase"].to_pylist())
             status = decide(off, validation, q, bar, job.settings)
-            table = _neurons(explanations, validation, q, bar, status)
+            table = _neurons(explanations, validation, q, bar, status, self.job.calibration)
         with report.phase("write"):
             job.out.write(part, {"neurons": table})
         report.rows = {"neurons": table.num_rows} | {
@@ -172,7 +179,12 @@ def decide(
 
 
 def _neurons(
-    explanations: pa.Table, validation: pa.Table, q: np.ndarray, bar: np.ndarray, status: np.ndarray
+    explanations: pa.Table,
+    validation: pa.Table,
+    q: np.ndarray,
+    bar: np.ndarray,
+    status: np.ndarray,
+    calibration: Calibration | None,
 ) -> pa.Table:
     named = ~np.isin(status, ("dead",))
     phrases = [p if keep else None for p, keep in zip(explanations["phrase"].to_pylist(), named, strict=True)]
@@ -182,4 +194,7 @@ def _neurons(
     }
     columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True), "bar": bar}
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}
+    unknown = np.full(len(status), np.nan)
+    probability = calibration.probability(evidence(explanations, validation)) if calibration else unknown
+    columns["probability"] = pa.array(np.where(named, probability, np.nan), pa.float32(), from_pandas=True)
     return make_table("neurons", columns | {"confidence": validation["correlation"].combine_chunks()})
