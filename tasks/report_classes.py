@@ -71,12 +71,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return None if value is None else round(100 * min(max((value - low) / (high - low), 0), 1), 1)
 
     figures = ("logit_drop", "logit_lower", "logit_upper", "control_logit_drop")
-    units = [
-        row | {"at": {c: place(row[c]) for c in figures} | {"zero": place(0.0)}, "confirmed": confirmed(row)}
-        for row in rows[:UNITS]
-    ]
+    units = [row | {"at": {c: place(row[c]) for c in figures}, "confirmed": confirmed(row)} for row in rows[:UNITS]]
     return {
         "units": units,
+        "zero": place(0.0),
         "tested": len(rows),
         "confirmed": sum(map(confirmed, rows)),
         "cosine": mean([row["cosine"] for row in rows]),
