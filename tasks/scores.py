@@ -152,9 +152,10 @@ class ScoresWorker:
             marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
             after = self.scorer.after or (lambda _, scores_UC: scores_UC)
             chunks = [self._kept(block, start, e, after(e, s - marginal)) for start, e, s in self._scored(part)]
+            negatives = self._negatives(part)
         columns = {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]}
         columns["meaning"] = pa.array(columns["meaning"], from_pandas=True)  # NaN becomes null
-        columns["negative"] = np.repeat(self._negatives(part), len(columns["unit"]) // len(block))
+        columns["negative"] = np.repeat(negatives, len(columns["unit"]) // len(block))
         table = make_table("scores", columns)
         with report.phase("write"):
             self.job.out.write(part, {"scores": table})
@@ -173,8 +174,8 @@ class ScoresWorker:
         negative_US = read_block(job.activations, job.images, part, "negative")[:, self.in_sample]
         for start in range(0, len(block), CHUNK):
             rows = slice(start, start + CHUNK)
-            best, index = following(torch.from_numpy(negative_US[rows]).to(self.device), self.sample).max(1)
-            found[rows] = np.where(best.cpu() > 0, names[index.cpu()], None)
+            best, index = following(torch.from_numpy(negative_US[rows]).to(self.device), self.sample).cpu().max(1)
+            found[rows] = np.where(best.numpy() > 0, names[index.numpy()], None)
         return found
 
     def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:
