@@ -51,10 +51,12 @@ class FindingStages(VocabularyStages):
         }
         facts |= {"judge": config.judge.title} if config.judge else {}
         payload = asdict(config.report) | {"run": config.run, "facts": facts, "templates": templates()}
-        payload |= {stage: self.manifest.stages.get(stage) for stage in ("neurons", "drawn", "traits", "coverage")}
+        shown = ("neurons", "drawn", "traits", "coverage", "causes")
+        payload |= {stage: self.manifest.stages.get(stage) for stage in shown}
         folder = self.manifest.plan("report", payload, parts)
         read = ("neurons", "scores", "exemplars", "patches", "validation", "traits")
-        folders = {stage: self.folder(stage) for stage in read}
+        there = [stage for stage in ("drawn", "causes", "ablation") if stage in self.manifest.stages]
+        folders = {stage: self.folder(stage) for stage in (*read, *there)}
         job = ReportJob(
             folder,
             self.images,
@@ -64,7 +66,7 @@ class FindingStages(VocabularyStages):
             settings=config.report,
             run=str(config.run),
             facts=facts,
-            drawn=self.folder("drawn") if "drawn" in self.manifest.stages else None,
             coverage=self.folder("coverage"),
+            class_names=self.target.class_names,
         )
         self._stage(job, parts, "page")

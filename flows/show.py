@@ -33,7 +33,7 @@ def show(run: Run, layer: str, unit: int) -> str:
     check = run.folder("validation").read("validation", part, **wanted).to_pylist()[0]
     scores = {row["concept"]: row for row in run.folder(run.last("scores")).read("scores", part, **wanted).to_pylist()}
     lines = [plain(f"{layer}, neuron {unit}: {neuron['phrase'] or 'no name'}"), "", *_verdict(neuron, check)]
-    lines += [*_redrawn(run, wanted), ""]
+    lines += [*_negative(neuron), *_redrawn(run, wanted), ""]
     lines += _concepts(neuron, scores) + _exemplars(run, part, unit)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -77,6 +77,13 @@ def _verdict(neuron: dict[str, Any], check: dict[str, Any]) -> list[str]:
     if neuron["status"] == "ambiguous" and check["rival"] is not None:
         lines.append(plain(f"rival name  {check['rival']}"))
     return lines
+
+
+def _negative(neuron: dict[str, Any]) -> list[str]:
+    """What the unit says below zero; nothing where it does not go there."""
+    known = neuron["negative_confidence"]
+    found = "none" if known is None else f"{known:.2f}"
+    return [plain(f"negative    {neuron['negative']} ({found})")] if neuron["negative"] is not None else []
 
 
 def _redrawn(run: Run, wanted: dict[str, Any]) -> list[str]:

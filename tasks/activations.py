@@ -1,7 +1,8 @@
 """Stage activations: every unit of the chosen layers over one shard of images, in one pass.
 
 In: images, image embeddings, the target model. Out: candidates (top and bottom k per unit), stats (mergeable moments,
-histograms and sums), pooled (activations of the stored images). Memory does not grow with the number of images.
+histograms and sums), pooled (activations and negative sides, of the stored images). Memory does not grow with the
+number of images.
 
 Shapes: B images of a batch, G of a group of batches, U units of a layer, P positions, D dimensions of CLIP,
 K candidates.
@@ -58,8 +59,9 @@ class LayerState:
         self.sums_2U = torch.zeros(2, units, dtype=torch.float64, device=device)
         self.embedding_sums_2UD = torch.zeros(2, units, width, dtype=torch.float64, device=device)
         self.explain_count = torch.zeros(units, dtype=torch.int64, device=device)
-        self.group: list[torch.Tensor] = []
+        self.group: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.pooled: list[torch.Tensor] = []
+        self.negative: list[torch.Tensor] = []
 
     def see(self, output: Any, batch: "Batch") -> None:
         """Reduce the layer's output on one batch, before the model goes on."""
@@ -76,7 +78,7 @@ class LayerState:
         below = batch.explain[:, None] & low_BU.isfinite() & (low_BU < 0)
         if below.is_cuda or below.any():
             self._rank(self.bottom, -low_BU, -maps_BUP, below, batch)
-        self.group.append(values_BU)
+        self.group.append((values_BU, low_BU))
         if len(batch.sampled):
             maps = maps_BUP[batch.sampled].float()
             count_bins(self.position_histogram, maps, torch.ones(maps.shape[:2], dtype=torch.bool, device=maps.device))
@@ -102,7 +104,7 @@ class LayerState:
 
     def fold(self, group: "Group") -> None:
         """Fold the waiting batches into the running statistics."""
-        values_GU = torch.cat(self.group)
+        values_GU, low_GU = (torch.cat(batches) for batches in zip(*self.group, strict=True))
         self.group = []
         finite = group.valid[:, None] & values_GU.isfinite()
         self.top.merge()
@@ -115,6 +117,9 @@ class LayerState:
             self.embedding_sums_2UD[power] += (x_GU.T @ group.embeddings).double()
         self.explain_count += keep.sum(0)
         self.pooled.append(torch.where(finite, values_GU, 0)[group.stored].cpu())
+        below = finite & low_GU.isfinite() & (low_GU < 0)
+        negative = torch.where(below, -low_GU, 0)[group.stored].cpu()
+        self.negative.append(negative if negative.any() else torch.zeros(1, 1).expand_as(negative))  # takes no memory
 
 
 @dataclass
@@ -267,10 +272,10 @@ def _stats(state: LayerState, block: Block, units: slice) -> pa.Table:
 
 
 def _pooled(state: LayerState, block: Block, units: slice) -> pa.Table:
-    values_US = torch.cat(state.pooled)[:, units].T.contiguous().numpy()
+    both = {"activation": state.pooled, "negative": state.negative}
+    values_US = {c: torch.cat([x[:, units] for x in parts]).T.contiguous().numpy() for c, parts in both.items()}
     # A power of two: float16 keeps the same 11 bits of a value whatever the scale, so its shard leaves no trace.
-    _, exponent = np.frexp(np.abs(values_US).max(1, initial=0))
+    _, exponent = np.frexp(np.maximum(*(np.abs(v).max(1, initial=0) for v in values_US.values())))
     scale = np.ldexp(np.float32(1), exponent - 11).astype(np.float32)
-    stored = (values_US / scale[:, None]).astype(np.float16)
-    columns = {"layer": [block.layer] * len(block), "unit": np.arange(block.start, block.stop)}
-    return make_table("pooled", columns | {"scale": scale, "activation": stored})
+    columns = {"layer": [block.layer] * len(block), "unit": np.arange(block.start, block.stop), "scale": scale}
+    return make_table("pooled", columns | {c: (v / scale[:, None]).astype(np.float16) for c, v in values_US.items()})

@@ -20,6 +20,20 @@ BOX = {
 }
 EMBEDDING = {"embedding": (pa.list_(F16), "CLIP vector of norm 1")}
 CONCEPT_ID = {"concept_id": (STR, "hash of the concept")}
+NEGATIVE = {
+    "negative": (
+        STR,
+        "concept that follows the unit's negative side best over the explain sample; null where the unit never goes "
+        "below zero there, or its layer is rectified (tasks.signs)",
+    )
+}
+NEGATIVE_CONFIDENCE = {
+    "negative_confidence": (
+        F32,
+        "Pearson, negative side (max(0, -lowest activation)) against similarity to what `negative` says, validate "
+        "split; null without one",
+    )
+}
 PHRASE = CONCEPT_ID | {
     "concept": (STR, "short phrase"),
     "family": (STR, "colour, texture, pattern, shape, material, part, object, animal, plant, scene, action, ..."),

@@ -18,16 +18,16 @@ CONSTANT = 1e-12
 """Variance in a draw, of a row whose own is 1, below which it is constant there: what rounding leaves of none."""
 
 
-def read_pooled(activations: Folder, shard: int, block: int) -> np.ndarray:
-    """float32 [units of the block, stored images of the shard]."""
-    table = activations.read("pooled", shard, group=block)
-    values = matrix(table["activation"], None if len(table["activation"].combine_chunks().flatten()) else 0)
+def read_pooled(activations: Folder, shard: int, block: int, column: str = "activation") -> np.ndarray:
+    """float32 [units of the block, stored images of the shard]; `column` is activation or negative."""
+    table = activations.read("pooled", shard, columns=["scale", column], group=block)
+    values = matrix(table[column], None if len(table[column].combine_chunks().flatten()) else 0)
     return values.astype(np.float32) * table["scale"].to_numpy()[:, None]
 
 
-def read_block(activations: Folder, images: ImageList, block: int) -> np.ndarray:
+def read_block(activations: Folder, images: ImageList, block: int, column: str = "activation") -> np.ndarray:
     """float32 [units of the block, stored images], all shards of them."""
-    return np.concatenate([read_pooled(activations, shard, block) for shard in range(images.num_shards)], 1)
+    return np.concatenate([read_pooled(activations, shard, block, column) for shard in range(images.num_shards)], 1)
 
 
 def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:

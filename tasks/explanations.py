@@ -137,6 +137,7 @@ def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
         "shares": [row[mean].tolist() for row, mean in zip(shares, means, strict=True)],
         "exemplars": list(ids.values()),
         "round": [0] * len(block),
+        "negative": scores["negative"].to_pylist()[::keep],
     }
     return make_table("explanations", columns)
 

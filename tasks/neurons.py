@@ -9,15 +9,15 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.calibration import SHIPPED, Calibration, evidence, load
 from tasks.layers import Block
+from tasks.signs import rectified
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
 STATUSES = ("explained", "ambiguous", "unexplained", "dead", "always_on", "special_token_only")
-RECTIFIED = -0.376
-"""Lowest value of the usual activation functions (hardswish -0.375, SiLU -0.278, GELU -0.170, ReLU 0)."""
 SPECIAL = 0.05
 """A unit belongs to the special tokens if on patches it never reaches this share of its peak on prefix tokens."""
 ALWAYS = 0.5
@@ -83,11 +83,8 @@ class NeuronsWorker:
         return benjamini_hochberg(self.job.validation.read_all("validation", columns=["p"])["p"].to_numpy())
 
     @cached_property
-    def lows(self) -> dict[str, float]:
-        """Smallest activation at any position, by layer."""
-        stats = self.job.exemplars.read_all("unit_stats", columns=["layer", "low"])
-        found = stats.group_by("layer").aggregate([("low", "min")])
-        return dict(zip(found["layer"].to_pylist(), found["low_min"].to_pylist(), strict=True))
+    def rectified(self) -> dict[str, bool]:
+        return rectified(self.job.exemplars)
 
     @cached_property
     def reached(self) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
@@ -130,7 +127,7 @@ class NeuronsWorker:
             start = sum(len(b) for b in job.blocks[:part])
             q = self.q_values[start : start + len(block)]
         with report.phase("compute"):
-            off = unit_state(stats, rectified=self.lows[block.layer] >= RECTIFIED)
+            off = unit_state(stats, rectified=self.rectified[block.layer])
             bar = self.bars(block.layer, explanations["phrase"].to_pylist())
             status = decide(off, validation, q, bar, job.settings)
             table = _neurons(explanations, validation, q, bar, status, self.job.calibration)
@@ -186,13 +183,18 @@ def _neurons(
     status: np.ndarray,
     calibration: Calibration | None,
 ) -> pa.Table:
-    named = ~np.isin(status, ("dead",))
-    phrases = [p if keep else None for p, keep in zip(explanations["phrase"].to_pylist(), named, strict=True)]
+    named = pa.array(status != "dead")
+
+    def alive(column: pa.ChunkedArray) -> pa.Array:
+        return pc.call_function("if_else", [named, column.combine_chunks(), pa.scalar(None, column.type)])
+
     columns = {
         c: explanations[c].combine_chunks()
         for c in ("layer", "unit", "concepts", "weights", "margin", "meanings", "shares", "exemplars")
     }
-    columns |= {"status": status, "phrase": phrases, "q": pa.array(q, pa.float64(), from_pandas=True), "bar": bar}
+    columns |= {c: alive(explanations[c]) for c in ("phrase", "negative")}
+    columns["negative_confidence"] = alive(validation["negative_confidence"])
+    columns |= {"status": status, "q": pa.array(q, pa.float64(), from_pandas=True), "bar": bar}
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}
     unknown = np.full(len(status), np.nan)
     probability = calibration.probability(evidence(explanations, validation)) if calibration else unknown

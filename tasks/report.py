@@ -1,8 +1,8 @@
 """Stage report: pages that open from disk or straight from a bucket, without a server.
 
 In: the neurons and their evidence, the images. Out, below the stage's folder: index.html, layers.html, vocabulary.html,
-the pages of each layer (layers/), thumbnails (images/), and the pages table. Parts: image shards (thumbnails), then
-layers, then the pages about all layers.
+where units were switched off classes.html, the pages of each layer (layers/), thumbnails (images/), and the table
+pages. Parts: image shards (thumbnails), then layers, then the pages about all layers.
 """
 
 import io
@@ -20,6 +20,7 @@ from PIL import Image
 from tasks.crops import MAX_CROPS
 from tasks.images import ImageList, ImageReader, prefetch
 from tasks.layers import Block, Layer
+from tasks.report_classes import classes_page, worst_classes
 from tasks.report_layers import layers_page
 from tasks.report_page import STATUSES, render
 from tasks.report_vocabulary import vocabulary_page
@@ -28,6 +29,8 @@ from tasks.tables import make_table
 
 FRAME = (180, 100)
 """Largest width and height of a patch on the page, CSS pixels; all but panoramas have this height."""
+CLASSES = 3
+"""Classes on a unit's card that it hurts most when it is switched off."""
 
 
 @dataclass
@@ -67,6 +70,12 @@ class ReportJob:
     """Tests of the names on drawn scenes, where the run has them."""
     coverage: Folder | None = None
     """How well the vocabulary serves the units: a page of its own."""
+    causes: Folder | None = None
+    """What the model loses without single units, where the run has it: a page of its own, and lines on the cards."""
+    ablation: Folder | None = None
+    """What a class loses without many of them; there where causes is."""
+    class_names: list[str] | None = None
+    """Of the model's outputs, in order; None where they have none."""
 
 
 class Page(NamedTuple):
@@ -99,6 +108,8 @@ class ReportWorker:
                 files = {"index.html": self._index(), "layers.html": self._compared()}
                 if job.coverage:
                     files["vocabulary.html"] = vocabulary_page(job.run, job.coverage.read_all("coverage").to_pylist())
+                if job.causes and job.ablation:
+                    files["classes.html"] = self._classes(job.causes, job.ablation)
                 rows = [Page(None, path, 0) for path in files]
         table = make_table("pages", {c: [getattr(row, c) for row in rows] for c in Page._fields})
         with report.phase("write"):
@@ -146,6 +157,7 @@ class ReportWorker:
                 ],
                 "validation": validation[neuron["unit"]],
                 "drawn": self._drawn.get((layer.name, neuron["unit"])),
+                "hurts": self._hurts.get((layer.name, neuron["unit"]), []),
                 "frames": frames.get(neuron["unit"], []),
             }
             for neuron in job.neurons.read("neurons", part).to_pylist()
@@ -156,6 +168,11 @@ class ReportWorker:
         """Rows of the drawn table that have an AUC, by layer and unit."""
         rows = self.job.drawn.read_all("drawn").to_pylist() if self.job.drawn else []
         return {(row["layer"], row["unit"]): row for row in rows if row["auc"] is not None}
+
+    @cached_property
+    def _hurts(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """Rows of causes, by layer and unit: the classes that each hurts most."""
+        return worst_classes(self.job.causes.read_all("causes").to_pylist(), CLASSES) if self.job.causes else {}
 
     def _frames(self, layer: Layer, part: int) -> dict[int, list[dict[str, Any]]]:
         """By unit, strongest first: the thumbnail of each patch's image and where to draw its boxes, in percent."""
@@ -190,7 +207,7 @@ class ReportWorker:
         return boxes[np.searchsorted(ids, crop_id)].tolist()
 
     def _index(self) -> bytes:
-        columns = ["layer", "unit", "status", "phrase", "confidence"]
+        columns = ["layer", "unit", "status", "phrase", "confidence", "negative"]
         neurons = self.job.neurons.read_all("neurons", columns=columns).to_pylist()
         of_layer: dict[str, list[dict]] = {layer.name: [] for layer in self.job.layers}
         for neuron in neurons:
@@ -203,7 +220,17 @@ class ReportWorker:
         job = self.job
         values = {"run": job.run, "facts": job.facts, "total": summary(neurons), "layers": layers}
         values |= {"images": int(job.images.ok.sum()), "statuses": STATUSES, "vocabulary": job.coverage is not None}
+        values |= {"classes": job.causes is not None, "negative": any(n["negative"] is not None for n in neurons)}
         return render("index", values)
+
+    def _classes(self, causes: Folder, ablation: Folder) -> bytes:
+        of_layer = {layer.name: paths for layer, paths in zip(self.job.layers, self.pages, strict=True)}
+        tables = (causes.read_all("causes"), ablation.read_all("cumulative"), causes.read_all("agreement"))
+
+        def card(layer: str, unit: int) -> str:
+            return f"{of_layer[layer][unit // self.job.settings.page_units]}#unit-{unit}"
+
+        return classes_page(self.job.run, *(t.to_pylist() for t in tables), self.job.class_names or [], card)
 
     def _compared(self) -> bytes:
         first = {layer.name: pages[0] for layer, pages in zip(self.job.layers, self.pages, strict=True)}

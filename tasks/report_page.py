@@ -42,6 +42,11 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{round(value, 2) + 0:.2f}"
 
 
+def _points(value: float | None) -> str:
+    """A share in percent, without the sign."""
+    return "none" if value is None else str(round(100 * value))
+
+
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,  # phrases come from language models, image ids from file names
@@ -49,4 +54,5 @@ PAGES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-PAGES.filters |= {"axis": _axis, "number": _number, "words": lambda status: status.replace("_", " ")}
+PAGES.filters |= {"axis": _axis, "number": _number, "points": _points}
+PAGES.filters["words"] = lambda status: status.replace("_", " ")

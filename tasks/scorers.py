@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tasks.evidence import Evidence
+from tasks.evidence import Evidence, Sample
 
 Score = Callable[..., torch.Tensor]
 
@@ -104,17 +104,22 @@ def correlation(evidence: Evidence) -> torch.Tensor:
     The score of Oikarinen and Weng, "Evaluating Neuron Explanations" (ICML 2025, NeuronEval), used for choosing. With
     centred vectors X it is (a X) . c / (|a| |X c|): no similarity of single images is needed. 0 for constant units.
     """
-    along_UD, norm_U1 = _along(evidence)
-    return along_UD @ evidence.concepts_CD.T / (norm_U1 * evidence.sample.spread_C)
+    return following(evidence.activations_US, evidence.sample)
 
 
-def _along(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
+def following(activations_US: torch.Tensor, sample: Sample) -> torch.Tensor:
+    """[U, C], the correlation of any activations over the images of the sample."""
+    along_UD, norm_U1 = _along(activations_US, sample)
+    return along_UD @ sample.concepts_CD.T / (norm_U1 * sample.spread_C)
+
+
+def _along(activations_US: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over the sample of centred activation x image vector [U, D], and the activation's deviation [U, 1]."""
-    a_US = evidence.activations_US.double()
+    a_US = activations_US.double()
     a_US = a_US - a_US.mean(1, keepdim=True)
     count = max(a_US.shape[1], 1)
     norm_U1 = (a_US.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-12)
-    return (a_US.float() @ evidence.sample.images_SD) / count, norm_U1.float()
+    return (a_US.float() @ sample.images_SD) / count, norm_U1.float()
 
 
 @scorer(dense=True)
@@ -191,7 +196,7 @@ def linear(evidence: Evidence, *, terms: int = 5) -> torch.Tensor:
     of it follows from the covariance of the image vectors: no similarity of single images is needed.
     """
     concepts_CD, sample = evidence.concepts_CD, evidence.sample
-    along_UD, norm_U1 = _along(evidence)
+    along_UD, norm_U1 = _along(evidence.activations_US, sample)
     chosen, weights_UK = [], torch.zeros(len(along_UD), 0, device=along_UD.device)
     scores_UC = along_UD @ concepts_CD.T / (norm_U1 * sample.spread_C)
     for _ in range(min(terms, len(concepts_CD))):

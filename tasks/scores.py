@@ -19,7 +19,8 @@ from tasks.evidence import Evidence, Sample
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, unexplained, weighted_mean
+from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, unexplained, weighted_mean
+from tasks.signs import rectified
 from tasks.store import Folder, PartReport, hash64
 from tasks.tables import make_table, matrix
 
@@ -127,6 +128,10 @@ class ScoresWorker:
         return (total / max(chosen, 1)).float().to(self.device)
 
     @cached_property
+    def rectified(self) -> dict[str, bool]:
+        return rectified(self.job.exemplars)
+
+    @cached_property
     def in_sample(self) -> np.ndarray:
         """bool, which of the stored images are of the explain split."""
         return self.job.images.explain[self.job.images.stored]
@@ -147,13 +152,31 @@ class ScoresWorker:
             marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
             after = self.scorer.after or (lambda _, scores_UC: scores_UC)
             chunks = [self._kept(block, start, e, after(e, s - marginal)) for start, e, s in self._scored(part)]
+            negatives = self._negatives(part)
         columns = {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]}
         columns["meaning"] = pa.array(columns["meaning"], from_pandas=True)  # NaN becomes null
+        columns["negative"] = np.repeat(negatives, len(columns["unit"]) // len(block))
         table = make_table("scores", columns)
         with report.phase("write"):
             self.job.out.write(part, {"scores": table})
         report.rows = {"scores": table.num_rows}
         return report
+
+    def _negatives(self, part: int) -> np.ndarray:
+        """Object [units]: the concept that correlates best over the explain sample with the unit's negative side, what
+        a rectified unit would say that has its opposite sign; None where it has none. Whatever the scorer, it is chosen
+        by what validation measures."""
+        job, block = self.job, self.job.blocks[part]
+        found = np.full(len(block), None, object)
+        if self.rectified[block.layer]:
+            return found
+        names = self.concepts["concept"].to_numpy(zero_copy_only=False)
+        negative_US = read_block(job.activations, job.images, part, "negative")[:, self.in_sample]
+        for start in range(0, len(block), CHUNK):
+            rows = slice(start, start + CHUNK)
+            best, index = following(torch.from_numpy(negative_US[rows]).to(self.device), self.sample).cpu().max(1)
+            found[rows] = np.where(best.numpy() > 0, names[index.numpy()], None)
+        return found
 
     def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:
         """[C], log of the mean of exp(score) over all units of a layer, whatever its blocks."""

@@ -19,6 +19,8 @@ from tasks.columns import (
     I64,
     IMAGE,
     IMAGE_ID,
+    NEGATIVE,
+    NEGATIVE_CONFIDENCE,
     PHRASE,
     SOURCE,
     STR,
@@ -26,7 +28,7 @@ from tasks.columns import (
     UNIT,
 )  # fmt: skip
 
-VERSION = 5
+VERSION = 6
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
@@ -91,6 +93,11 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     | {
         "scale": (F32, "multiply the stored values by this"),
         "activation": (pa.list_(F16), "pooled activations of the shard's stored images, in image order"),
+        "negative": (
+            pa.list_(F16),
+            "their negative sides: max(0, -a), a the smallest activation at any position, or with a pool other than "
+            "max the pooled one",
+        ),
     },
     "exemplars": UNIT
     | TAIL
@@ -147,7 +154,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         ),
         "adds": (pa.bool_(), "whether it says most of what the best one leaves unexplained, and enough"),
         "meaning": (F32, "share of the patches that it fits best of the unit's meanings; null if it is none of them"),
-    },
+    }
+    | NEGATIVE,
     "explanations": UNIT
     | {
         "phrase": (STR, "the best concept; null where a unit has no patches"),
@@ -159,7 +167,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "shares": (pa.list_(F32), "of the patches: what each meaning fits best"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
         "round": (I32, "round of refinement in which the unit got this explanation"),
-    },
+    }
+    | NEGATIVE,
     "clusters": {
         "prompt_id": (STR, "prompt about the cluster"),
         "parent": (STR, "concept_id of the phrase that fits it best so far"),
@@ -185,7 +194,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "mad": (F32, "mean activation on the name's top images less that on the others, in the others' deviations"),
         "rival": (STR, "best other concept on the select split"),
         "rival_gain": (F32, "how much better the rival correlates there, in standard errors"),
-    },
+    }
+    | NEGATIVE_CONFIDENCE,
     "chance": {
         "layer": (STR, "module path in the target model"),
         "concept": (STR, "short phrase"),
@@ -207,7 +217,9 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "bar": (F32, "what the interval must exceed: what random weights reach with the name, or min_correlation"),
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
-    },
+    }
+    | NEGATIVE
+    | NEGATIVE_CONFIDENCE,
     "traits": UNIT
     | {
         "monosemanticity": (

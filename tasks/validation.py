@@ -2,7 +2,7 @@
 
 In: explanations, pooled activations and image embeddings; of a second CLIP, where one judges, image embeddings and
 concept vectors. Out: one row a unit: on validate the correlation with its interval and p value, and how well the name
-finds the unit's strongest images; on select the best rival concept.
+finds the unit's strongest images, and the correlation of the negative side; on select the best rival concept.
 """
 
 from dataclasses import dataclass
@@ -95,18 +95,19 @@ class ValidationWorker:
         return redrawn(len(self.of["validate"]))
 
     def run(self, part: int) -> PartReport:
-        report, job, block = PartReport(part), self.job, self.job.blocks[part]
+        report, job = PartReport(part), self.job
         with report.phase("read"):
             explanations = job.explanations.read("explanations", part)
             pooled_US = read_block(job.activations, job.images, part)
         with report.phase("compute"):
-            table = self._validate(block, explanations, pooled_US)
+            table = self._validate(part, explanations, pooled_US)
         with report.phase("write"):
             job.out.write(part, {"validation": table})
         report.rows = {"validation": table.num_rows}
         return report
 
-    def _validate(self, block: Block, explanations: pa.Table, pooled_US: np.ndarray) -> pa.Table:
+    def _validate(self, part: int, explanations: pa.Table, pooled_US: np.ndarray) -> pa.Table:
+        block = self.job.blocks[part]
         names = explanations["concepts"].to_pylist()
         most = max(map(len, names))  # fewer where a name is older than the vocabulary's later concepts: its own again
         names = np.array([row + row[:1] * (most - len(row)) for row in names], object)
@@ -121,6 +122,7 @@ class ValidationWorker:
             "rival_gain": _nullable(gain, pa.float32()),
             "p": _nullable(measured.pop("p"), pa.float64()),
         }
+        measured["negative_confidence"] = self._negative(part, explanations["negative"].to_pylist())
         columns |= {column: _nullable(values, pa.float32()) for column, values in measured.items()}
         return make_table("validation", columns)
 
@@ -146,6 +148,21 @@ class ValidationWorker:
             similarity_US = product(vectors_CD[names_U[rows]].astype(np.float64), images_DS)
             found.append(measures(pooled_US[rows], similarity_US, self.of, self.times_ND))
         return {column: np.concatenate([part[column] for part in found]) for column in found[0]}
+
+    def _negative(self, part: int, names: list[str | None]) -> np.ndarray:
+        """float64 [units], correlation on validate of each unit's negative side with what that is called, by the CLIP
+        that judges; NaN where it is called nothing."""
+        found, units = np.full(len(names), np.nan), np.flatnonzero([name is not None for name in names])
+        if not len(units):
+            return found
+        negative_US = read_block(self.job.activations, self.job.images, part, "negative")[:, self.of["validate"]]
+        images_ND, vectors_CD = self.judged_by
+        images_DS = np.ascontiguousarray(images_ND[self.stored[self.of["validate"]]].T, np.float64)
+        for start in range(0, len(units), UNITS):
+            rows = units[start : start + UNITS]
+            vectors_UD = vectors_CD[[self.row_of[str(names[unit])] for unit in rows]].astype(np.float64)
+            found[rows] = paired(negative_US[rows], product(vectors_UD, images_DS))
+        return found
 
 
 def measures(

@@ -86,15 +86,23 @@ def _histogram(values):
 def check_pooled(job, images):
     maps, _ = dense(job, images)
     stored = np.flatnonzero(images.stored)
-    rows = {}
-    for part in range(images.num_shards):
-        for row in job.out.read("pooled", part).to_pylist():
-            values = rows.setdefault((row["layer"], row["unit"]), [])
-            values += [v * row["scale"] for v in row["activation"]]
+    top, negative = (stored_values(job, column) for column in ("activation", "negative"))
     for layer in job.model.layers:
         for unit in range(layer.num_units):
-            expected = maps[layer.name][stored, unit].max(1)
-            np.testing.assert_allclose(rows[layer.name, unit], expected, rtol=1e-3, atol=np.abs(expected).max() / 1000)
+            m = maps[layer.name][stored, unit]
+            for found, expected in ((top, m.max(1)), (negative, (-m.min(1)).clip(0))):
+                atol = np.abs(expected).max() / 1000
+                np.testing.assert_allclose(found[layer.name, unit], expected, rtol=1e-3, atol=atol)
+
+
+def stored_values(job, column):
+    """One column of the table pooled by unit, scaled."""
+    rows = {}
+    for part in sorted(job.out.done()):
+        for row in job.out.read("pooled", part).to_pylist():
+            values = rows.setdefault((row["layer"], row["unit"]), [])
+            values += [v * row["scale"] for v in row[column]]
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -135,6 +143,10 @@ def test_other_pools(tmp_path, pool):
     assert len(rows) == 4 * min(10, int((images.split == "explain").sum()))
     for row in rows:
         assert row["activation"] == pytest.approx(value[row["image"], row["unit"]], rel=1e-5, abs=1e-6)
+    negative = stored_values(job, "negative")
+    assert any(map(any, negative.values()))
+    for (_, unit), found in negative.items():
+        np.testing.assert_allclose(found, (-value[np.flatnonzero(images.stored), unit]).clip(0), rtol=1e-3, atol=1e-3)
 
 
 def test_nonfinite_activations_are_counted_and_left_out(tmp_path, monkeypatch):

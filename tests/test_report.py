@@ -18,9 +18,11 @@ from tasks.crops import MAX_CROPS
 from tasks.images import ImageList
 from tasks.layers import Layer
 from tasks.report import ReportJob, ReportSettings, ReportWorker, num_parts
-from tests.written_run import HOSTILE, LAYERS, write_images, write_run
+from tests.written_run import HOSTILE, LAYERS, make, write_images, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+VOID = {"meta", "link", "img", "input"}
+"""Elements of our pages that have no end."""
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
 
@@ -33,6 +35,8 @@ class Html(HTMLParser):
         self.found: list[tuple[str, dict[str, str | None]]] = []
         self.text: dict[str, list[str]] = {"script": [], "h2": []}
         self.inside = ""
+        self.open: list[tuple[str, str | None, list[str]]] = []  # elements that have an end: tag, id, their text
+        self.closed: list[tuple[dict[str, str | None], str, str]] = []
         self.feed(data.decode())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -40,13 +44,24 @@ class Html(HTMLParser):
         self.found.append((tag, dict(attrs)))
         self.inside = tag
         self.text.setdefault(tag, []).append("")
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("id"), []))
 
     def handle_endtag(self, tag: str) -> None:
         self.inside = ""
+        name, _, text = self.open.pop()
+        assert name == tag, "elements overlap"
+        self.closed.append(({outer: own for outer, own, _ in self.open}, tag, " ".join("".join(text).split())))
 
     def handle_data(self, data: str) -> None:
+        for _, _, text in self.open:
+            text.append(data)
         if self.inside:
             self.text[self.inside][-1] += data
+
+    def inside_of(self, outer: str, tag: str) -> list[tuple[str | None, str]]:
+        """Id of the outer element and all text, white space as one blank, of each such element inside one."""
+        return [(outers[outer], text) for outers, name, text in self.closed if name == tag and outer in outers]
 
     def values(self, tag: str, name: str) -> list[str | None]:
         return [attributes[name] for t, attributes in self.found if t == tag and name in attributes]
@@ -121,13 +136,13 @@ def test_links_lead_to_files_of_the_report(job, pages):
 
 def test_hostile_text_stays_text(job, pages):
     scripts = {path: page.text["script"] for path, page in pages.items()}
-    assert scripts.pop("index.html") == scripts.pop("vocabulary.html") == scripts.pop("layers.html") == []
+    assert [scripts.pop(f"{name}.html") for name in ("index", "vocabulary", "layers", "classes")] == [[]] * 4
     own = next(iter(scripts.values()))
     assert len(own) == 1
     assert all(found == own for found in scripts.values())
     tags = {path: {tag for tag, _ in page.found} for path, page in pages.items()}
     assert not set.union(*tags.values()) & {"iframe", "object", "embed", "base", "form", "style>"}
-    assert [path for path in tags if "svg" in tags[path]] == ["layers.html"]
+    assert [path for path in tags if "svg" in tags[path]] == ["classes.html", "layers.html"]
     assert [page.text["style"] for page in pages.values() if len(page.text["style"]) != 1] == []
     assert [name for page in pages.values() for _, a in page.found for name in a if name.startswith("on")] == []
     layers = [page for path, page in pages.items() if path.startswith("layers/")]
@@ -138,6 +153,8 @@ def test_hostile_text_stays_text(job, pages):
     assert {"vit_<b>tiny</b>", "<script>alert(1)</script>"} <= set(pages["index.html"].text["dd"])
     told = [text for text in pages["vocabulary.html"].text["bdi"] if text.strip()]
     assert {told.count(phrase) for phrase in HOSTILE} == {4}, "a hub, a pair, a prompt, one that is never used"
+    names = [text for text in pages["classes.html"].text["b"] if text.strip()]
+    assert {*names} >= {*HOSTILE, "class 999"}
     compared = pages["layers.html"]
     assert {text for text in compared.text["bdi"] if text.strip()} == set(HOSTILE), "each is a family"
     assert {f"{LAYERS[0].name}: 0.500", f"{LAYERS[2].name}: 0.300"} <= set(compared.text["title"])
@@ -152,6 +169,67 @@ def test_redrawn_auc_where_there_is_one(job, pages, images, tmp_path):
     without.drawn = None
     make_report(without)
     assert not any(b"redrawn" in data.lower() for path, data in files(without).items() if path.endswith(".html"))
+
+
+def cards(pages: dict[str, Html], tag: str, start: str) -> dict[tuple[str, str], list[str]]:
+    """By page and card the texts of such elements that begin so, in one line each."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, page in pages.items():
+        for card, text in page.inside_of("article", tag):
+            if text.startswith(start):
+                found.setdefault((path, str(card)), []).append(text)
+    return found
+
+
+def test_negative_side_where_there_is_one(job, pages, images, tmp_path):
+    rows = [row for row in job.neurons.read_all("neurons").to_pylist() if row["negative"] is not None]
+    told = cards(pages, "p", "negative:")
+    of_layer = {layer.name: number for number, layer in enumerate(job.layers)}
+    expected = {}
+    for row in rows:
+        path = ReportWorker(job).pages[of_layer[row["layer"]]][row["unit"] // 250]
+        known = "none" if row["negative_confidence"] is None else f"{row['negative_confidence']:.2f}"
+        expected[path, f"unit-{row['unit']}"] = [" ".join(f"negative: {row['negative']} ({known})".split())]
+    assert {row["negative_confidence"] is None for row in rows} == {True, False}
+    assert told == expected
+    assert "Negative" in pages["index.html"].text["b"]
+    one = write_run(tmp_path, images, [Layer("a", 1, "vector")], ["x"])  # unit 0 has none
+    make_report(one)
+    assert not any(b"egative" in data for path, data in files(one).items() if path.endswith(".html"))
+
+
+def test_cards_say_what_the_model_loses(job, pages):
+    """The three worst classes, nothing of what is not hurt; an interval only where images change sides."""
+    told = cards(pages, "li", "switched off:")
+    worker = ReportWorker(job)
+    head, first = worker.pages[2][0], worker.pages[0][0]
+    assert {card for path, card in told if path == head} == {f"unit-{i}" for i in range(12) if i % 6 != 3}
+    assert [card for path, card in told if path == first] == ["unit-2"]
+    more = cards(pages, "li", "and ")
+    text = " ".join(HOSTILE[0].split())
+    assert told[head, "unit-11"] == [f"switched off: {text} loses 41 points of accuracy (31 to 51)"]
+    texts = [" ".join(HOSTILE[own].split()) for own in (1, 3)]
+    assert more[head, "unit-11"] == [
+        f"and {texts[0]} loses 38 points of accuracy", f"and {texts[1]} loses 31 points of accuracy (21 to 41)"
+    ]  # fmt: skip
+    assert (head, "unit-0") not in more
+
+
+def test_without_ablations_there_is_no_word_of_them(images, tmp_path):
+    without = write_run(tmp_path, images, LAYERS[2:], ["x"])
+    without.causes = without.ablation = None
+    make_report(without)
+    pages = {path: data for path, data in files(without).items() if path.endswith(".html")}
+    assert "classes.html" not in pages
+    assert not any(b"switched off" in data or b"classes.html" in data for data in pages.values())
+
+
+def test_nothing_to_test_is_said(images, tmp_path):
+    none = write_run(tmp_path, images, LAYERS[2:], ["x"])
+    for folder in (none.causes, none.ablation):
+        folder.write(0, {name: make(name, []) for name in folder.tables})
+    make_report(none)
+    assert b"There was nothing to test" in files(none)["classes.html"]
 
 
 def test_same_bytes_whatever_the_order(job, images, tmp_path):
@@ -258,10 +336,12 @@ def test_filter(browser, job):
 
 
 def test_without_javascript_and_at_every_width(browser, job):
-    about_all = [folder(job) / f"{name}.html" for name in ("index", "layers", "vocabulary")]
+    about_all = [folder(job) / f"{name}.html" for name in ("index", "layers", "vocabulary", "classes")]
     for width in (390, 1320):
         for path in (*about_all, first_page(job, 0), first_page(job, 2)):
             with opened(browser, path, java_script_enabled=False, viewport={"width": width, "height": 800}) as page:
+                for closed in page.locator("summary").all()[:3]:
+                    closed.click()
                 assert page.locator(".filter:visible").count() == 0
                 wide, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
                 assert wide <= room, f"{path.name} scrolls sideways at {width}"
@@ -313,3 +393,52 @@ def test_points_lie_where_the_census_says(browser, job):
             found = [(zero - y) / unit for _, y in (first, last)]
             assert found == pytest.approx([census[0][name], census[2][name]], abs=0.01)
             assert first[0] < last[0] - 100
+
+
+def test_classes_page_shows_what_the_tables_say(browser, job):
+    with opened(browser, folder(job) / "index.html", viewport={"width": 1300, "height": 900}) as page:
+        page.get_by_role("link", name="The classes and the neurons").click()
+        assert page.locator("h1").text_content() == "Classes"
+        assert page.locator(".totals dd").all_text_contents() == ["9", "19", "16%", "0.80", "0.40"]
+        assert page.locator("details").count() == 9
+        assert [page.locator(f"#class-{own} summary .number").first.text_content() for own in (0, 1, 2, 999)] == [
+            "2 of 12", "1 of 1", "0 of 1", "0 of 0"
+        ]  # fmt: skip
+        own = page.locator("#class-0")
+        assert not own.locator("table").is_visible()
+        own.locator("summary").click()
+        rows = own.locator("tbody tr")
+        assert rows.count() == 11
+        assert rows.last.text_content() == "and 2 more that cost it less"
+        cells = [" ".join(text.split()) for text in rows.nth(3).locator("td").all_text_contents()]
+        assert cells[1:] == [
+            "", "2.62 (1.62 to 3.62)", "0.25 > 92%", "66 (56 to 76)", "2", "0.80 (0.40)"
+        ]  # fmt: skip
+        assert own.locator("tr:not(.unsure) .point").count() == 2
+        single = [" ".join(text.split()) for text in page.locator("#class-1 td").all_text_contents()]
+        assert single[2:] == ["1.50 (0.50 to 2.50)", "none", "38", "none", "none"]
+        rows.nth(4).locator("a").click()
+        assert page.url.endswith(f"{ReportWorker(job).pages[2][0]}#unit-4")
+
+
+def test_drops_and_curves_lie_where_the_tables_say(browser, job):
+    box = "all => all.map(e => { const b = e.getBoundingClientRect(); return [b.left, b.right, b.top, b.bottom] })"
+    with opened(browser, folder(job) / "classes.html", viewport={"width": 1300, "height": 900}) as page:
+        own = page.locator("#class-0")
+        own.locator("summary").click()
+        for rank, row in enumerate(own.locator("tbody tr").all()[:10]):
+            ((left, right, *_),) = row.locator(".axis").evaluate_all(box)
+            found = {}
+            for name in ("zero", "range", "point", "random"):
+                ((start, end, *_),) = row.locator(f".{name}").evaluate_all(box)
+                found[name] = [4 * (x - left) / (right - left) for x in (start, end)]  # from 0 to the largest upper end
+            drop = 3 - rank / 8
+            assert found["range"] == pytest.approx([drop - 1, drop + 1], abs=0.03)
+            assert sum(found["point"]) / 2 == pytest.approx(drop, abs=0.03)
+            assert (found["zero"][0], found["random"][0]) == pytest.approx((0, 0.25), abs=0.03)
+        for name, values in (("accuracy", [1, 0.75, 0.5, 0.25, 0]), ("control_accuracy", [1, 0.95, 0.9, 0.85])):
+            points = own.locator(f"circle.{name}").evaluate_all(box)
+            zero, one = (line[2] for line in own.locator("line").evaluate_all(box))
+            heights = [((top + bottom) / 2 - zero) / (one - zero) for _, _, top, bottom in points]
+            assert heights == pytest.approx(values, abs=0.01)
+            assert [x for x, *_ in points] == sorted(x for x, *_ in points)

@@ -3,7 +3,7 @@
 import pytest
 
 from flows.run import Run
-from flows.show import show
+from flows.show import plain, show
 from tests.written_run import FOLDERS, HOSTILE, IDS, LAYERS, write_images, write_run
 
 
@@ -30,6 +30,12 @@ def test_show_redrawn_auc(run):
     assert "redrawn" not in show(run, "head", 4), "a name that cannot be drawn"
     del run.stages["drawn"]
     assert "redrawn" not in show(run, "head", 1), "images that are not drawn ones"
+
+
+def test_show_negative_side(run):
+    assert f"negative    {plain(HOSTILE[7])} (0.30)" in show(run, "head", 1).splitlines()
+    assert f"negative    {HOSTILE[0]} (none)" in show(run, "head", 2).splitlines()
+    assert "negative" not in show(run, "head", 4), "a unit that does not go below zero"
 
 
 def test_show_exemplars_with_activation_and_box(run):

@@ -50,6 +50,8 @@ FOLDERS = {
     "drawn": ("drawn",),
     "traits": ("traits", "census"),
     "coverage": ("coverage",),
+    "causes": ("causes", "agreement"),
+    "ablation": ("ablation", "cumulative"),
     "report": ("pages",),
 }
 SHARD = 4
@@ -96,6 +98,11 @@ def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[
     for part, layer in enumerate(layers):
         written = {"census": make("census", [census_row(layer, part, phrases)]), "traits": make("traits", [])}
         folders["traits"].write(part, written)
+    causes = list(cause_rows(layers, phrases))
+    told = {"causes": make("causes", causes), "agreement": make("agreement", AGREEMENT)}
+    folders["causes"].write(0, told)
+    curves = make("cumulative", list(cumulative_rows()))
+    folders["ablation"].write(0, {"ablation": make("ablation", causes), "cumulative": curves})
     folders["coverage"].write(0, {"coverage": make("coverage", list(coverage_rows(layers, phrases)))})
     for shard in range(images.num_shards):
         inside = [[row for row in block if row["image"] in images.shard(shard)] for block in shown]
@@ -105,6 +112,7 @@ def write_run(root: Path, images: ImageList, layers: list[Layer], phrases: list[
         folders["patches"].write(shard, written, {"patches": [len(block) for block in inside]})
     facts = {"target": "vit_<b>tiny</b>", "clip": HOSTILE[0]}
     job = {"layers": layers, "blocks": blocks, "settings": ReportSettings(), "run": "night & <day>", "facts": facts}
+    job["class_names"] = HOSTILE
     return ReportJob(folders.pop("report"), images, **folders, **job)
 
 
@@ -138,10 +146,65 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
         "rival": concepts[1],
         "rival_gain": 3.0,
         "exemplars": [],
+        "negative": None if status == "dead" or unit % 4 == 0 else concepts[2],
+        "negative_confidence": None if status == "dead" or unit % 4 != 1 else 0.3,
         "auc": None if unit % 5 == 4 else 0.97,
         "shown": 0 if unit % 5 == 4 else 48,
         "absent": 0 if unit % 5 == 4 else 47,
     }
+
+
+AGREEMENT = [{"what": "screen & drop", "value": 0.75, "rows": 9}, {"what": "too little", "value": None, "rows": 0}]
+
+
+def cause_rows(layers: list[Layer], phrases: list[str]) -> Iterator[dict[str, Any]]:
+    """Units 0 to 11 of the last layer for class 0, the last one for the others too; class 2 has unit 2 of the first.
+
+    Of class 1 there are no name and no controls, and no image changes sides. Of class 7 nothing is lost."""
+    for rank, own in enumerate([0] * 12 + list(range(1, len(HOSTILE)))):
+        drop, last = -0.5 if own == 7 else 3 - rank / 8, layers[-1]
+        unit = min(rank, last.num_units - 1)
+        yield {
+            "rank": rank,
+            "layer": layers[0].name if own == 2 else last.name,
+            "unit": 2 if own == 2 else unit,
+            "status": STATUSES[0],
+            "phrase": None if own == 1 else phrases[rank % len(phrases)],
+            "class": HOSTILE[own],
+            "class_index": own,
+            "screen": drop + 1,
+            "images": 12,
+            "logit_drop": drop,
+            "logit_lower": drop - 1,
+            "logit_upper": drop + 1,
+            "accuracy_drop": drop / 4,
+            "accuracy_lower": drop / 4 - (own != 1) / 10,
+            "accuracy_upper": drop / 4 + (own != 1) / 10,
+            "other_logit_drop": 0.01,
+            "other_accuracy_drop": 0.0,
+            "controls": 0 if own == 1 else 20,
+            "control_logit_drop": None if own == 1 else 0.25,
+            "control_accuracy_drop": None if own == 1 else 0.02,
+            "control_share": None if own == 1 else 1 - rank / 40,
+            "cosine": None if own == 1 else 0.8,
+            "cosine_chance": None if own == 1 else 0.4,
+        }
+
+
+def cumulative_rows() -> Iterator[dict[str, Any]]:
+    """Of class 0, and of one that no pair is about; too few random units for the last row."""
+    for own in (0, 999):
+        for number, units in enumerate((0, 1, 2, 4, 6)):
+            control = None if units == 6 else 1 - number / 20
+            yield {
+                "class_index": own,
+                "units": units,
+                "images": 12,
+                "logit": 5.0 - units,
+                "accuracy": 1 - number / 4,
+                "control_logit": control,
+                "control_accuracy": control,
+            }
 
 
 def coverage_rows(layers: list[Layer], phrases: list[str]) -> Iterator[dict[str, Any]]:
