@@ -5,10 +5,10 @@ position, made for the latents that are asked for: all of them at once are too m
 tokens of 32 images are 826 MB).
 
 The names of the tensors are those of the usual libraries: W_enc [D, L] or encoder.weight [L, D]; b_enc, encoder.bias
-or latent_bias [L]; pre_bias or b_pre [D], subtracted first; W_dec [L, D] or decoder.weight [D, L]; b_dec or decoder.bias
-[D], subtracted first only if something says so, because libraries differ; threshold [L] or one number for JumpReLU
-(Rajamanoharan et al. 2024). How the encoder works is told by, in this order: layers.sae, a cfg.json beside the file, the
-metadata in the file, its tensors.
+or latent_bias [L]; pre_bias or b_pre [D], subtracted first; W_dec [L, D] or decoder.weight [D, L]; b_dec or
+decoder.bias [D], subtracted first only if something says so, because libraries differ; threshold [L] or one number for
+JumpReLU (Rajamanoharan et al. 2024). How the encoder works is told by, in this order: layers.sae, a cfg.json beside the
+file, the metadata in the file, its tensors.
 
 Shapes: D channels of the module's output, L latents.
 """
@@ -166,7 +166,7 @@ class Latents:
 
 
 def load_sae(path: str, settings: SaeSettings) -> Sae:
-    """Raises ValueError naming the key for a file that is no safetensors, has no encoder or leaves open how it works."""
+    """Raises ValueError naming the key for a file that is no safetensors, has no encoder or leaves open its workings."""
     key = f"layers.saes: {path}"
     try:
         with cast(fsspec.core.OpenFile, fsspec.open(path, "rb")) as file:

@@ -171,7 +171,7 @@ def test_pooling_by_attention_has_no_heads():
 
 
 def test_a_model_without_heads_is_refused():
-    with pytest.raises(ValueError, match="^layers.names=heads: matches no module; allowed are mlp, residual"):
+    with pytest.raises(ValueError, match=r"^layers.names=heads: matches no module; allowed are mlp, residual"):
         layers_of(timm.create_model("test_resnet").eval(), "heads")
 
 

@@ -156,7 +156,7 @@ def test_what_is_no_safetensors_is_never_unpickled(tmp_path):
     torch.save({"W_enc": torch.zeros(4, 5)}, path)
     with pytest.raises(ValueError, match=f"layers.saes: {path}: no SAE in safetensors"):
         load_sae(str(path), RELU)
-    with pytest.raises(ValueError, match="nowhere.safetensors: no SAE in safetensors"):
+    with pytest.raises(ValueError, match=r"nowhere.safetensors: no SAE in safetensors"):
         load_sae(str(tmp_path / "nowhere.safetensors"), RELU)
 
 
@@ -203,7 +203,9 @@ def test_layers_of_every_layout(tmp_path):
     logits, x = random_sae(tmp_path / "b.safetensors", 10, 20), torch.randn(2, 3, 32, 32)
     layers = find(model, {"1": path, "7": logits}, ("sae", "1"), (32, 32))
     assert [(y.name, y.kind, y.layout, y.num_units, y.grid) for y in layers] == [
-        ("1", "channels", "chw", 16, (16, 16)), ("1.sae", "latents", "chw", 30, (16, 16)), ("7.sae", "latents", "vector", 20, (1, 1)),
+        ("1", "channels", "chw", 16, (16, 16)),
+        ("1.sae", "latents", "chw", 30, (16, 16)),
+        ("7.sae", "latents", "vector", 20, (1, 1)),
     ]  # fmt: skip
     found, outputs = kept(model, layers, x)
     expected = written_out(path, outputs["1"].movedim(1, -1), True).flatten(1, 2).transpose(1, 2)
@@ -272,11 +274,10 @@ def test_all_stages_see_the_same_latents_whatever_the_blocks(images, tmp_path):
                     assert value == b[column]
     layer, model = job.model.layers[0], Tokens().eval()
     pixels = torch.cat(list(images.batches(images.shard_batches(0), Preprocess((64, 96), (64, 96)))))
-    stats = [s for s in job.out.read("stats", 0).to_pylist()]
     found, _ = kept(model, [layer], Preprocess((64, 96), (64, 96)).normalise(pixels))
     maps, prefix = layer.maps(found["block.sae"]), layer.prefix_maps(found["block.sae"])
     ok = torch.from_numpy(images.ok[: len(pixels)])
-    for s in stats:
+    for s in job.out.read("stats", 0).to_pylist():
         assert len(s["position_histogram"]) == BINS
         assert s["maximum"] == pytest.approx(float(maps[ok][:, s["unit"]].max()), rel=1e-4, abs=1e-4)
         assert s["prefix_maximum"] == pytest.approx(float(prefix[ok][:, s["unit"]].max()), rel=1e-4, abs=1e-4)
