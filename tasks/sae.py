@@ -166,7 +166,7 @@ class Latents:
 
 
 def load_sae(path: str, settings: SaeSettings) -> Sae:
-    """Raises ValueError naming the key for a file that is no safetensors, has no encoder or leaves open its workings."""
+    """Raises ValueError, naming the key, for what is no safetensors, has no encoder or leaves open how it works."""
     key = f"layers.saes: {path}"
     try:
         with cast(fsspec.core.OpenFile, fsspec.open(path, "rb")) as file:
