@@ -32,6 +32,10 @@ class CausesStages(FindingStages):
         if self.target.num_classes is None:
             expected = f"target.name={self.config.target.name} has no output of one logit per class; allowed is 0"
             raise ValueError(f"ablation.pairs={settings.pairs}: {expected}")
+        for layer in self.target.layers:
+            if layer.sae and not layer.sae.decodes:
+                expected = f"{layer.sae.path} has no decoder, without which latents are not switched off; allowed is 0"
+                raise ValueError(f"ablation.pairs={settings.pairs}: {expected}")
         if settings.positions == "prefix" and not any(layer.prefix for layer in self.target.layers):
             raise ValueError("ablation.positions=prefix: no chosen layer has prefix tokens; allowed are all, patches")
 

@@ -89,7 +89,8 @@ class Config:
         if self.target.checkpoint:
             target += f"+{Path(self.target.checkpoint).stem}"
         words = Path(self.vocabulary.path).stem if self.vocabulary.path else self.vocabulary.source
-        parts = [target, "+".join(self.layers.names), words, self.scorer.name]
+        layers = [*self.layers.names, *(Path(path).stem for path in self.layers.saes.values())]
+        parts = [target, "+".join(layers), words, self.scorer.name]
         return re.sub(r"[^\w.+-]+", "_", "-".join(parts))[:120].lstrip(".")
 
 

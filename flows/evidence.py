@@ -112,7 +112,7 @@ class EvidenceStages:
             self.dtype = choose_dtype(folder)
 
     def _target_payload(self) -> dict[str, Any]:
-        layers = [asdict(layer) for layer in self.target.layers]
+        layers = [layer.identity() for layer in self.target.layers]
         return {
             "data": self.data,
             "weights": self.target.digest,

@@ -106,19 +106,20 @@ class AblationWorker:
         for layer in self.job.model.layers:
             chosen = [row for row in rows if row["layer"] == layer.name]
             if chosen:
-                changes.append(Change(layer, [row["unit"] for row in chosen], [row["value"] for row in chosen]))
+                units, values = ([row[c] for row in chosen] for c in ("unit", "value"))
+                changes.append(Change(layer, units, values, self.target.readers.get(layer.name)))
         return changes
 
     @torch.inference_mode()
     def _measure(self, numbers: np.ndarray, ablations: list[list[Change]]) -> "Outcome":
         """Run every image under every ablation; the first changes nothing."""
         size, model = self.images.batch_size, self.target.model
-        layers = sorted({change.layer.name for changes in ablations for change in changes})
+        modules = sorted({change.layer.module for changes in ablations for change in changes})
         found = Outcome(np.zeros((len(ablations), len(numbers))), np.zeros((len(ablations), len(numbers)), bool))
         starts = range(0, len(numbers), size)
         batches = self.target.inputs([numbers[start : start + size] for start in starts])
         for start, (batch, x) in zip(starts, batches, strict=True):
-            with recorded(model, layers) as recording:
+            with recorded(model, modules) as recording:
                 unchanged = model(x)
             for a, changes in enumerate(ablations):
                 logits = ablated(model, x, recording, changes, self.job.positions) if changes else unchanged

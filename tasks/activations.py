@@ -9,6 +9,7 @@ K candidates.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,11 @@ class ActivationsJob:
 
 
 class LayerState:
-    """What is known of one layer's units after the batches seen so far."""
+    """What is known of one layer's units [start, stop) after the batches seen so far."""
 
-    def __init__(self, layer: Layer, k: int, width: int, pool: str, device: torch.device) -> None:
-        units = layer.num_units
-        self.layer, self.pool = layer, pool
+    def __init__(self, layer: Layer, chosen: slice, k: int, width: int, pool: str, device: torch.device) -> None:
+        units = chosen.stop - chosen.start
+        self.layer, self.chosen, self.pool = layer, chosen, pool
         self.top, self.bottom = TopK(units, k, device), TopK(units, k, device)
         self.moments = Moments(units, device)
         self.low = torch.full((units,), np.inf, device=device)
@@ -65,15 +66,15 @@ class LayerState:
 
     def see(self, output: Any, batch: "Batch") -> None:
         """Reduce the layer's output on one batch, before the model goes on."""
-        maps_BUP = self.layer.maps(output)
+        maps_BUP = self.layer.maps(output, self.chosen)
         peak_BU, trough_BU = maps_BUP.amax(2).float(), maps_BUP.amin(2).float()
-        prefix = self.layer.prefix_maps(output)
+        prefix = self.layer.prefix_maps(output, self.chosen)
         if prefix is not None:
             self._extreme(self.prefix_maximum, prefix.amax(2).float(), batch, torch.maximum, -np.inf)
         self._extreme(self.low, trough_BU, batch, torch.minimum, np.inf)
         values_BU, low_BU = peak_BU, trough_BU
         if self.pool != "max":
-            values_BU = low_BU = self.layer.pooled(output, self.pool)
+            values_BU = low_BU = self.layer.pooled(output, self.pool, self.chosen)
         self._rank(self.top, values_BU, maps_BUP, batch.explain[:, None] & values_BU.isfinite(), batch)
         below = batch.explain[:, None] & low_BU.isfinite() & (low_BU < 0)
         if below.is_cuda or below.any():
@@ -158,19 +159,25 @@ class ActivationsWorker:
                 np.float32
             )
         with report.phase("compute"):
-            width = embeddings_ND.shape[1]
-            k, pool = self.job.settings.k, self.job.pool
-            states = {x.name: LayerState(x, k, width, pool, self.device) for x in self.job.model.layers}
+            states = {x.name: self._states(x, embeddings_ND.shape[1]) for x in self.job.model.layers}
             self._pass(part, states, embeddings_ND, first)
         with report.phase("write"):
             tables, groups = self._tables(states)
             self.job.out.write(part, tables, groups)
         report.rows = {name: table.num_rows for name, table in tables.items()}
-        nonfinite = int(sum(int(s.moments.nonfinite.sum()) for s in states.values()))
+        nonfinite = sum(int(s.moments.nonfinite.sum()) for s in chain.from_iterable(states.values()))
         report.skipped = {"nonfinite_activations": nonfinite} if nonfinite else {}
         return report
 
-    def _pass(self, part: int, states: dict[str, LayerState], embeddings_ND: np.ndarray, first: int) -> None:
+    def _states(self, layer: Layer, width: int) -> list[LayerState]:
+        """One for all units of a layer; one for each block of latents, whose maps are too many to hold together."""
+        chosen = [slice(0, layer.num_units)]
+        if layer.kind == "latents":
+            chosen = [slice(block.start, block.stop) for block in self.job.blocks if block.layer == layer.name]
+        k, pool = self.job.settings.k, self.job.pool
+        return [LayerState(layer, units, k, width, pool, self.device) for units in chosen]
+
+    def _pass(self, part: int, states: dict[str, list[LayerState]], embeddings_ND: np.ndarray, first: int) -> None:
         batches = self.images.shard_batches(part)
         masks = {int(numbers[0]): self._batch(numbers) for numbers in batches}
         group: list[np.ndarray] = []
@@ -178,7 +185,8 @@ class ActivationsWorker:
         batch = next(current)
 
         def on_layer(layer: Layer, output: Any) -> None:
-            states[layer.name].see(output, batch)
+            for state in states[layer.name]:
+                state.see(output, batch)
 
         def after_batch(numbers: np.ndarray) -> None:
             nonlocal batch
@@ -186,7 +194,7 @@ class ActivationsWorker:
             last = numbers[0] == batches[-1][0]
             if last or (numbers[0] // self.images.batch_size + 1) % GROUP == 0:
                 folded = self._group(group, embeddings_ND, first)
-                for state in states.values():
+                for state in chain.from_iterable(states.values()):
                     state.fold(folded)
                 group.clear()
             batch = batch if last else next(current)
@@ -214,11 +222,12 @@ class ActivationsWorker:
         valid, explain, stored = (torch.cat([self._padded(c, n, False) for n in batches]) for c in columns)
         return Group(valid, explain, stored, torch.from_numpy(embeddings).to(self.device))
 
-    def _tables(self, states: dict[str, LayerState]) -> tuple[dict[str, pa.Table], dict[str, list[int]]]:
+    def _tables(self, states: dict[str, list[LayerState]]) -> tuple[dict[str, pa.Table], dict[str, list[int]]]:
         by_rank = np.argsort(self.images.order)
         candidates, stats, pooled = [], [], []
         for block in self.job.blocks:
-            state, units = states[block.layer], slice(block.start, block.stop)
+            state = next(s for s in states[block.layer] if block.start < s.chosen.stop)
+            units = slice(block.start - state.chosen.start, block.stop - state.chosen.start)
             candidates.append(_candidates(state, block, units, by_rank))
             stats.append(_stats(state, block, units))
             pooled.append(_pooled(state, block, units))

@@ -65,7 +65,7 @@ class ChanceWorker:
         batches = [self.numbers[start : start + size] for start in range(0, len(self.numbers), size)]
         target.run(
             batches,
-            lambda layer, output: found[layer.name].append(layer.pooled(output, self.job.pool)[:, :UNITS].cpu()),
+            lambda layer, output: found[layer.name].append(layer.pooled(output, self.job.pool, slice(UNITS)).cpu()),
             lambda _: None,
         )
         return {name: torch.cat(rows)[: len(self.numbers)].T.numpy() for name, rows in found.items() if rows}

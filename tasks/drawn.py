@@ -85,7 +85,7 @@ class DrawnWorker:
         found: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
 
         def on_layer(layer: Layer, output: Any) -> None:
-            found[layer.name].append(layer.pooled(output, self.job.pool)[:, chosen[layer.name]].cpu())
+            found[layer.name].append(layer.pooled(output, self.job.pool, chosen[layer.name]).cpu())
 
         self.target.run_arrays(scenes, on_layer)
         activations = np.empty((len(scenes), len(numbers)), np.float32)

@@ -1,7 +1,7 @@
 """Running the target model over batches of a shard, layer outputs handed out while they exist.
 
 In: settings of the target, its layers, an ImageList or arrays of pixels. Out: calls `on_layer(layer, output)` during
-every forward pass.
+every forward pass; where the layer's units are heads or latents, with what its reader made of the output.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tasks.axes import first_tensor
 from tasks.images import ImageList
-from tasks.layers import Layer, LayersSettings, find_layers, hooked
+from tasks.layers import Layer, LayersSettings, by_module, find_layers, hooked, readers
 from tasks.pixels import Preprocess
 from tasks.target import DTYPES, TargetSettings, load_target
 
@@ -42,9 +43,10 @@ class HookedTarget:
     def __init__(self, work: TargetPass) -> None:
         target = load_target(work.target)
         self.device, self.dtype = worker_device(work.threads), DTYPES[work.dtype]
-        self.layers = {layer.name: layer for layer in work.layers}
+        self.layers = work.layers
         self.images, self.preprocess = work.images, target.preprocess
         self.model = target.model.to(self.device, self.dtype)
+        self.readers = readers(self.model, work.layers)
         self.shuffled = work.target.shuffled
 
     def run(
@@ -78,7 +80,14 @@ class HookedTarget:
         on_layer: Callable[[Layer, Any], None],
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
-        with hooked(self.model, list(self.layers), lambda name, output: on_layer(self.layers[name], output)):
+        layers = by_module(self.layers)
+
+        def on_output(name: str, output: Any) -> None:
+            for layer in layers[name]:
+                reader = self.readers.get(layer.name)
+                on_layer(layer, reader.read(first_tensor(output)) if reader else output)
+
+        with hooked(self.model, list(layers), on_output):
             for batch, x in batches:
                 self.model(x)
                 after_batch(batch)
@@ -105,8 +114,9 @@ class Description:
 def describe(settings: TargetSettings, layers: LayersSettings) -> Description:
     """Load the model once, find its layers by one dry run, hash its weights. Raises ValueError naming the key."""
     target = load_target(settings)
+    digest = target.digest()  # before modules of heads are put into the model
     found = find_layers(target.model, target.preprocess, layers, settings.prefix_tokens)
     with torch.inference_mode():
         output = target.model(torch.zeros(1, 3, *target.preprocess.size))
     num_classes = output.shape[1] if isinstance(output, torch.Tensor) and output.ndim == 2 else None
-    return Description(found, target.digest(), target.preprocess, target.class_names, num_classes)
+    return Description(found, digest, target.preprocess, target.class_names, num_classes)

@@ -2,23 +2,31 @@
 
 In: a model and a list of presets or globs over its module paths. Out: Layers in forward order, told apart from the
 model itself by one dry run, and views of their outputs as maps [batch, units, positions].
+
+The units of a layer are the channels of a module's output; or attention heads, or the latents of a sparse autoencoder,
+which a reader makes of what passes there. What a Layer is asked about is the output, or what its reader made of it.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tasks.axes import Axes, first_tensor
+from tasks.heads import SUFFIX, Heads, open_heads
 from tasks.pixels import Preprocess
+from tasks.sae import AT_ONCE, Latents, Sae, SaeFile, SaeSettings, Units, load_sae
 
 POOLS = ("max", "mean", "cls")
 POSITIONS = ("all", "patches", "prefix")
 DRY_BATCH = 2
+ALL = slice(None)
 BLOCK = re.compile(
     r"(Block|BlockV2|Bottleneck|BasicBlock|InvertedResidual|DepthwiseSeparableConv|EncoderLayer|MBConv)\d?[a-z]?$"
 )
@@ -28,15 +36,25 @@ ACTIVATION = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Hardswish, n
 @dataclass
 class LayersSettings:
     names: list[str] = field(default_factory=lambda: ["mlp"])
-    """Presets (mlp, residual, conv, logits, all) and globs over module paths: * within a path step, ** over several."""
+    """Presets (mlp, residual, conv, logits, all, heads, sae) and globs over module paths: * within a path step, ** over
+    several. A glob that ends in heads sees those of attention modules, as blocks.3.attn.heads."""
     pool: str = "max"
     """How the map of an image becomes its activation: max, mean, or cls (the first prefix token)."""
+    saes: dict[str, str] = field(default_factory=dict)
+    """Sparse autoencoders: path of a module, and of the safetensors file that encodes its output. The layer of blocks.7
+    is called blocks.7.sae, and the preset sae is all of them."""
+    sae: SaeSettings = field(default_factory=SaeSettings)
+    """How their encoders work, where the files do not say."""
 
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError(f"layers.names is empty: allowed are {', '.join(PRESETS)} and globs over module paths")
         if self.pool not in POOLS:
             raise ValueError(f"layers.pool={self.pool}: allowed are {', '.join(POOLS)}")
+        if "sae" in self.names and not self.saes:
+            raise ValueError("layers.names=sae: layers.saes is empty; allowed is {module: file.safetensors}")
+        if self.saes and not any(entry.endswith("sae") for entry in self.names):
+            raise ValueError(f"layers.saes={self.saes}: layers.names has no entry for them; add sae")
 
 
 @dataclass
@@ -49,19 +67,50 @@ class Layer:
     """Height and width of the map; (1, 1) for vectors."""
     prefix: int = 0
     """Tokens in front of the grid (CLS, registers)."""
+    kind: str = "channels"
+    """What a unit is: a channel of the module's output, or one of its heads or latents."""
+    sae: SaeFile | None = None
 
-    def maps(self, output: Any) -> torch.Tensor:
-        """View [B, units, positions] of the module's output, prefix tokens left out; positions run row by row."""
+    @property
+    def module(self) -> str:
+        """Path of the module whose output is looked at."""
+        return self.name.removesuffix(".sae") if self.kind == "latents" else self.name
+
+    def identity(self) -> dict[str, Any]:
+        """What numbers depend on, for fingerprints: not where an SAE lies; of channels no word about other kinds."""
+        found = asdict(self) | {"sae": self.sae and self.sae.digest}
+        return {k: v for k, v in found.items() if self.kind != "channels" or k not in ("kind", "sae")}
+
+    def maps(self, output: Any, units: Units = ALL) -> torch.Tensor:
+        """View [B, units, positions] of the output, prefix tokens left out; positions run row by row."""
+        if isinstance(output, Latents):
+            return self.maps(output[units])
         x = first_tensor(output)
         if self.layout == "chw":
-            return x.flatten(2)
-        if self.layout == "hwc":
-            return x.flatten(1, 2).transpose(1, 2)
-        return x[:, self.prefix :].transpose(1, 2) if self.layout == "tokens" else x[:, :, None]
+            x = x.flatten(2)
+        elif self.layout == "hwc":
+            x = x.flatten(1, 2).transpose(1, 2)
+        else:
+            x = x[:, self.prefix :].transpose(1, 2) if self.layout == "tokens" else x[:, :, None]
+        return x[:, units]
 
-    def prefix_maps(self, output: Any) -> torch.Tensor | None:
+    def maps_of(self, output: Any, images_M: torch.Tensor, units_M: torch.Tensor) -> torch.Tensor:
+        """[M, positions], the maps of pairs of an image of the batch and a unit."""
+        if not isinstance(output, Latents):
+            return self.maps(output)[images_M, units_M]
+        maps = []
+        for images, units in zip(images_M.split(AT_ONCE), units_M.split(AT_ONCE), strict=True):
+            distinct, place = units.unique(return_inverse=True)
+            maps.append(self.maps(output, distinct)[images, place])
+        return torch.cat(maps)
+
+    def prefix_maps(self, output: Any, units: Units = ALL) -> torch.Tensor | None:
         """View [B, units, prefix tokens], None where the layer has none."""
-        return first_tensor(output)[:, : self.prefix].transpose(1, 2) if self.prefix else None
+        if not self.prefix:
+            return None
+        if isinstance(output, Latents):
+            return self.prefix_maps(output[units])
+        return first_tensor(output)[:, : self.prefix].transpose(1, 2)[:, units]
 
     def places(self, x: torch.Tensor, positions: str) -> torch.Tensor:
         """View [B, ..., units] of the module's output tensor: all positions, or only patch or prefix tokens."""
@@ -70,12 +119,15 @@ class Layer:
             return x
         return x[:, self.prefix :] if positions == "patches" else x[:, : self.prefix]
 
-    def pooled(self, output: Any, pool: str) -> torch.Tensor:
+    def pooled(self, output: Any, pool: str, units: Units = ALL) -> torch.Tensor:
         """float32 [B, units], the activation of each image; cls is the mean where the layer has no prefix tokens."""
+        if isinstance(output, Latents):
+            return self.pooled(output[units], pool)
         if pool == "max":
-            return self.maps(output).amax(2).float()
+            return self.maps(output).amax(2).float()[:, units]
         prefix = self.prefix_maps(output)
-        return self.maps(output).float().mean(2) if pool == "mean" or prefix is None else prefix[:, :, 0].float()
+        mean = pool == "mean" or prefix is None
+        return (self.maps(output).float().mean(2) if mean else prefix[:, :, 0].float())[:, units]
 
 
 @dataclass
@@ -95,6 +147,14 @@ def unit_blocks(layers: list[Layer], size: int) -> list[Block]:
     return [Block(x.name, i, min(i + size, x.num_units)) for x in layers for i in range(0, x.num_units, size)]
 
 
+def by_module(layers: list[Layer]) -> dict[str, list[Layer]]:
+    """The layers that look at each module's output."""
+    found: dict[str, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        found[layer.module].append(layer)
+    return found
+
+
 @contextmanager
 def hooked(model: nn.Module, names: list[str], call: Any) -> Iterator[None]:
     """While inside, `call(name, output)` runs as soon as each named module has its output, and may return another."""
@@ -107,11 +167,31 @@ def hooked(model: nn.Module, names: list[str], call: Any) -> Iterator[None]:
             handle.remove()
 
 
+def readers(model: nn.Module, layers: list[Layer]) -> dict[str, Heads | Sae]:
+    """By name of the layer: what makes its units of its module's output, where they are not its channels.
+
+    Puts the modules of the chosen heads into the model. Raises ValueError where the file of an SAE is another by now.
+    """
+    open_heads(model, {layer.name for layer in layers if layer.kind == "heads"})
+    found: dict[str, Heads | Sae] = {}
+    for layer in layers:
+        module = model.get_submodule(layer.module)
+        if isinstance(module, Heads):
+            found[layer.name] = module
+        elif layer.sae is not None:
+            sae = load_sae(layer.sae.path, layer.sae.settings)
+            if sae.digest != layer.sae.digest:
+                raise ValueError(f"layers.saes: {layer.sae.path} has changed since the sweep began; start it again")
+            found[layer.name] = sae.to(next(model.parameters()).device, layer.layout == "chw")
+    return found
+
+
 @dataclass
 class _Call:
     name: str
+    module: nn.Module
+    given: tuple
     output: Any
-    input_id: int
     grids: int
     """How many grids had been seen when the module returned."""
 
@@ -119,17 +199,18 @@ class _Call:
 def find_layers(
     model: nn.Module, preprocess: Preprocess, settings: LayersSettings, prefix: int | None = None
 ) -> list[Layer]:
-    """The chosen layers in forward order.
+    """The chosen layers in forward order. Where heads are among them the model has their modules afterwards.
 
     Raises ValueError naming layers.names where an entry matches nothing, or a chosen module's output cannot be read as
     [B,C,H,W], [B,H,W,C], [B,N,C] or [B,C], or it runs more than once per image; target.prefix_tokens where the tokens
     do not fit the grid.
     """
+    if any(entry.endswith("heads") for entry in settings.names):
+        open_heads(model)
+    saes = {name: load_sae(path, settings.sae) for name, path in settings.saes.items()}
     axes, calls = Axes(), []
     handles = [
-        m.register_forward_hook(
-            lambda _m, i, out, n=n: calls.append(_Call(n, out, id(i[0]) if i else 0, len(axes.grids)))
-        )
+        m.register_forward_hook(lambda m, i, out, n=n: calls.append(_Call(n, m, i, out, len(axes.grids))))
         for n, m in model.named_modules()
         if n
     ]
@@ -140,16 +221,25 @@ def find_layers(
         for handle in handles:
             handle.remove()
     prefix = prefix_tokens(model) if prefix is None else prefix
-    chosen = _choose(model, calls, output, settings.names)
-    modules = dict(model.named_modules())
-    alike = {type(modules[call.name]): axes.layout(call.output) for call in calls if axes.layout(call.output)}
+    ran = [n for call in calls for n in ([call.name, f"{call.name}.sae"] if call.name in saes else [call.name])]
+    for name in set(saes) - set(ran):
+        file = settings.saes[name]
+        raise ValueError(f"layers.saes.{name}={file}: matches no module; allowed are paths such as {_some(ran)}")
+    matches = [(entry, _match(entry, model, calls, output, ran)) for entry in settings.names]
+    chosen = _choose(matches, ran)
+    alike = {type(call.module): axes.layout(call.output) for call in calls if axes.layout(call.output)}
     layers = []
     for call in calls:
-        if call.name in chosen:
-            layout = axes.layout(call.output) or alike.get(type(modules[call.name]))
-            layers.append(_layer(call, layout, axes.grids[: call.grids], prefix, settings))
-    layers = [layer for layer in layers if layer is not None]
-    for entry, names in _matches(model, calls, output, settings.names):
+        latents = call.name in saes and f"{call.name}.sae" in chosen
+        if call.name not in chosen and not latents:
+            continue
+        layout = axes.layout(call.output) or alike.get(type(call.module))
+        layer = _layer(call, layout, axes.grids[: call.grids], prefix, settings)
+        if layer is not None and call.name in chosen:
+            layers.append(layer)
+        if layer is not None and latents:
+            layers.append(_latents(layer, saes[call.name], settings))
+    for entry, names in matches:
         if not names & {layer.name for layer in layers}:
             raise ValueError(
                 f"layers.names={entry}: no match has an output of known layout ([B,C,H,W], [B,H,W,C], [B,N,C], [B,C])"
@@ -157,32 +247,29 @@ def find_layers(
     return layers
 
 
-def _choose(model: nn.Module, calls: list[_Call], output: Any, entries: list[str]) -> set[str]:
-    chosen, ran = set(), [call.name for call in calls]
-    for entry, names in _matches(model, calls, output, entries):
+def _choose(matches: list[tuple[str, set[str]]], ran: list[str]) -> set[str]:
+    chosen = set()
+    for entry, names in matches:
         once = {n for n in names if ran.count(n) == 1}
         if names and not once:
             raise ValueError(
                 f"layers.names={entry}: {min(names)} runs more than once per image; choose the modules around it"
             )
         if not once:
-            known = ", ".join(ran[:: max(1, len(ran) // 8)])
-            raise ValueError(
-                f"layers.names={entry}: matches no module; allowed are {', '.join(PRESETS)} and globs such as {known}"
-            )
+            allowed = f"{', '.join(PRESETS)} and globs such as {_some(ran)}"
+            raise ValueError(f"layers.names={entry}: matches no module; allowed are {allowed}")
         chosen |= once
     return chosen
 
 
-def _matches(model: nn.Module, calls: list[_Call], output: Any, entries: list[str]) -> list[tuple[str, set[str]]]:
-    ran = {call.name for call in calls}
-    found = []
-    for entry in entries:
-        if entry in PRESETS:
-            found.append((entry, PRESETS[entry](model, calls, output) & ran))
-        else:
-            found.append((entry, {n for n in ran if _glob(entry).fullmatch(n)}))
-    return found
+def _some(ran: list[str]) -> str:
+    return ", ".join(ran[:: max(1, len(ran) // 8)])
+
+
+def _match(entry: str, model: nn.Module, calls: list[_Call], output: Any, ran: list[str]) -> set[str]:
+    if entry in PRESETS:
+        return PRESETS[entry](model, calls, output) & set(ran)
+    return {n for n in ran if _glob(entry).fullmatch(n)}
 
 
 def _glob(entry: str) -> re.Pattern:
@@ -214,7 +301,15 @@ def _layer(
         layer = Layer(call.name, x.shape[2], "tokens", grid, prefix)
     if settings.pool == "cls" and not layer.prefix:
         raise ValueError(f"layers.pool=cls: layer {call.name} has no CLS token; allowed are max, mean")
-    return layer
+    return replace(layer, num_units=call.module.num, kind="heads") if isinstance(call.module, Heads) else layer
+
+
+def _latents(layer: Layer, sae: Sae, settings: LayersSettings) -> Layer:
+    path, (num, width) = settings.saes[layer.name], sae.encoder_LD.shape
+    if width != layer.num_units:
+        raise ValueError(f"layers.saes.{layer.name}={path}: reads {width} channels, the module has {layer.num_units}")
+    file = SaeFile(path, settings.sae, sae.digest, sae.decoder_LD is not None)
+    return replace(layer, name=f"{layer.name}.sae", num_units=num, kind="latents", sae=file)
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -272,22 +367,44 @@ def _conv(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
 
     A convolution before its norm has arbitrary scale and even sign, so its largest values are not what the net uses.
     """
-    modules = dict(model.named_modules())
-    norms = {c.input_id: c.name for c in calls if isinstance(modules[c.name], nn.modules.batchnorm._BatchNorm)}
-    convs = [c for c in calls if isinstance(modules[c.name], nn.Conv2d)]
+    norms = {id(c.given[0]): c.name for c in calls if isinstance(c.module, _BatchNorm) and c.given}
+    convs = [c for c in calls if isinstance(c.module, nn.Conv2d)]
     return {norms.get(id(c.output), c.name) for c in convs}
 
 
 def _logits(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
     """The linear layer whose output is the model's output."""
-    modules = dict(model.named_modules())
-    last = [c.name for c in calls if c.output is output and isinstance(modules[c.name], nn.Linear | nn.Conv2d)]
+    last = [c.name for c in calls if c.output is output and isinstance(c.module, nn.Linear | nn.Conv2d)]
     return set(last[-1:])
 
 
 def _all(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
-    """Everything that another preset names."""
+    """Channels of every kind: all that the presets before this one name."""
     return set().union(*(PRESETS[name](model, calls, output) for name in ("mlp", "residual", "conv", "logits")))
 
 
-PRESETS = {"mlp": _mlp, "residual": _residual, "conv": _conv, "logits": _logits, "all": _all}
+def _heads(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
+    """Heads of attention modules that write at the tokens that they read; what pools by attention has no map."""
+    around, names = {c.name + SUFFIX: c.given for c in calls}, set()
+    for call in calls:
+        if isinstance(call.module, Heads):
+            seen = [x for x in (*around.get(call.name, ()), call.output) if isinstance(x, torch.Tensor) and x.ndim == 3]
+            if len({x.shape[:2] for x in seen}) == 1:
+                names.add(call.name)
+    return names
+
+
+def _saes(model: nn.Module, calls: list[_Call], output: Any) -> set[str]:
+    """Latents of layers.saes."""
+    return {f"{c.name}.sae" for c in calls}
+
+
+PRESETS = {
+    "mlp": _mlp,
+    "residual": _residual,
+    "conv": _conv,
+    "logits": _logits,
+    "all": _all,
+    "heads": _heads,
+    "sae": _saes,
+}

@@ -107,7 +107,7 @@ class PatchesWorker:
                 return
             top = column["tail"][rows] == "top"
             at, units = device(slot[rows], np.int64), device(column["unit"][rows], np.int64)
-            maps_MHW = layer.maps(output)[at, units].float().unflatten(1, layer.grid)
+            maps_MHW = layer.maps_of(output, at, units).float().unflatten(1, layer.grid)
             maps_MHW *= device(np.where(top, 1, -1), np.float32)[:, None, None]
             quantiles = device(np.where(top, column["position_quantile"][rows], -np.inf), np.float32)
             found = active_boxes(maps_MHW, device(column["position"][rows], np.int64), quantiles)

@@ -5,11 +5,14 @@ keeps. Half precision makes ties and reorders exemplars, more so in some models 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from tasks.forward import HookedTarget, TargetPass
+from tasks.layers import Layer, unit_blocks
+from tasks.sae import AT_ONCE
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
@@ -50,12 +53,16 @@ class PrecisionWorker:
         rows: list[torch.Tensor] = []
         current: list[torch.Tensor] = []
 
+        def on_layer(layer: Layer, output: Any) -> None:
+            blocks = unit_blocks([layer], AT_ONCE)  # latents come in blocks
+            current.extend(layer.maps(output, slice(b.start, b.stop)).amax(2).float() for b in blocks)
+
         def after_batch(numbers: np.ndarray) -> None:
             rows.append(torch.cat(current, 1)[: len(numbers)].cpu())
             current.clear()
 
         batches = [sample[i : i + images.batch_size] for i in range(0, len(sample), images.batch_size)]
-        target.run(batches, lambda x, out: current.append(x.maps(out).amax(2).float()), after_batch)
+        target.run(batches, on_layer, after_batch)
         return torch.cat(rows)
 
 

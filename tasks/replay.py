@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from tasks.axes import first_tensor
+from tasks.heads import Heads
 from tasks.layers import Layer, hooked
+from tasks.sae import Sae
 
 
 @dataclass
@@ -35,10 +37,10 @@ class Call:
 
 
 @contextmanager
-def recorded(model: nn.Module, layers: list[str]) -> Iterator[dict[str, list[Call]]]:
-    """While inside, a forward pass fills the dict: by layer, the outermost calls that had finished when the layer had
-    its output, in order; the layer's own is the last. Outputs are copies, since later modules may write over them."""
-    names = {model.get_submodule(name): name for name in layers}
+def recorded(model: nn.Module, modules: list[str]) -> Iterator[dict[str, list[Call]]]:
+    """While inside, a forward pass fills the dict: by module, the outermost calls that had finished when it had its
+    output, in order; its own is the last. Outputs are copies, since later modules may write over them."""
+    names = {model.get_submodule(name): name for name in modules}
     found: dict[str, list[Call]] = {}
     stack: list[list[Call]] = [[]]  # finished calls inside each module that is open
 
@@ -104,12 +106,18 @@ class Change:
     layer: Layer
     units: list[int]
     values: list[float]
+    reader: Heads | Sae | None = None
+    """Where the units are not channels of the layer's output."""
 
     def __call__(self, output: Any, positions: str) -> Any:
         """A copy of the layer's output, changed at the chosen positions."""
         output = copied(output)
         places = self.layer.places(first_tensor(output), positions)
-        places[..., self.units] = torch.tensor(self.values, dtype=places.dtype, device=places.device)
+        values = torch.tensor(self.values, dtype=places.dtype, device=places.device)
+        if self.reader is None:
+            places[..., self.units] = values
+        else:
+            self.reader.put(places, self.units, values)
         return output
 
 
@@ -118,8 +126,16 @@ def ablated(
 ) -> torch.Tensor:
     """The model's output with the changes made: replayed up to the first layer, then computed. Changes are in the order
     in which their layers have their outputs."""
-    first, later = changes[0], {change.layer.name: change for change in changes[1:]}
-    *before, call = recording[first.layer.name]
+    first, later = changes[0], defaultdict(list)
+    for change in changes[1:]:
+        later[change.layer.module].append(change)
+
+    def changed(name: str, output: Any) -> Any:
+        for change in later[name]:
+            output = change(output, positions)
+        return output
+
+    *before, call = recording[first.layer.module]
     last = replace(call, changed=first(call.output, positions))
-    with replayed([*before, last]), hooked(model, list(later), lambda name, out: later[name](out, positions)):
+    with replayed([*before, last]), hooked(model, list(later), changed):
         return model(x)

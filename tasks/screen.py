@@ -11,7 +11,7 @@ unit to its mean, which is only known when all shards are done.
 Shapes: B images of a batch, U units of all layers side by side, C classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,9 @@ import torch
 from tasks.axes import first_tensor
 from tasks.classes import NO_CLASS, labelled
 from tasks.forward import HookedTarget, TargetPass
-from tasks.layers import Block, Layer, hooked
+from tasks.heads import Heads
+from tasks.layers import Block, Layer, by_module, hooked
+from tasks.sae import Sae
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
@@ -59,7 +61,8 @@ class ScreenWorker:
             sums = ClassSums(sum(layer.num_units for layer in layers), self.target.device)
             for numbers, x in self._inputs(part, "select"):
                 labels = None if self.labels is None else self.labels[numbers]
-                found = first_order(self.target.model, layers, x, labels, self.job.positions)
+                target = self.target
+                found = first_order(target.model, layers, x, labels, self.job.positions, target.readers)
                 predicted[numbers - shard.start] = found.predicted[: len(numbers)]
                 sums.add(found, len(numbers))
             with torch.inference_mode():
@@ -116,31 +119,41 @@ class FirstOrder:
 
 
 def first_order(
-    model: torch.nn.Module, layers: list[Layer], x: torch.Tensor, labels: np.ndarray | None, positions: str
+    model: torch.nn.Module,
+    layers: list[Layer],
+    x: torch.Tensor,
+    labels: np.ndarray | None,
+    positions: str,
+    readers: Mapping[str, Heads | Sae] | None = None,
 ) -> FirstOrder:
     """One pass forward and back. `labels` [at most B] are the classes to follow; None: what the model predicts.
+    `readers` are those of layers whose units are not channels.
 
     All is zero for a layer whose output is the model's own, which says nothing, and for one that no gradient reaches.
     """
-    by_name = {layer.name: layer for layer in layers}
-    found = {n: torch.zeros(3, len(x), y.num_units, dtype=torch.float64, device=x.device) for n, y in by_name.items()}
+    modules = by_module(layers)
+    found = {y.name: torch.zeros(3, len(x), y.num_units, dtype=torch.float64, device=x.device) for y in layers}
     passed_on: dict[str, torch.Tensor] = {}
 
     def on_layer(name: str, output: Any) -> Any:
-        a, layer = first_tensor(output), by_name[name]
+        a = first_tensor(output)
         kept, passed_on[name] = a.detach().clone(), a.clone()  # what follows may write over the output and its input
 
         def on_gradient(gradient: torch.Tensor) -> None:
-            values, slopes = (layer.places(t, positions).reshape(len(x), -1, layer.num_units) for t in (kept, gradient))
-            found[name][0] = (values * slopes).sum(1)
-            found[name][1] = slopes.sum(1)
-            found[name][2] = values.mean(1)
+            for layer in modules[name]:
+                places = [layer.places(t, positions) for t in (kept, gradient)]
+                reader = (readers or {}).get(layer.name)
+                for units, *seen in reader.along(*places) if reader else [(slice(None), *places)]:
+                    values, slopes = (t.reshape(len(x), -1, t.shape[-1]) for t in seen)
+                    found[layer.name][0, :, units] = (values * slopes).sum(1)
+                    found[layer.name][1, :, units] = slopes.sum(1)
+                    found[layer.name][2, :, units] = values.mean(1)
 
         if a.requires_grad:
             passed_on[name].register_hook(on_gradient)
         return (passed_on[name], *output[1:]) if isinstance(output, tuple | list) else passed_on[name]
 
-    with hooked(model, list(by_name), on_layer):
+    with hooked(model, list(modules), on_layer):
         logits = model(x.requires_grad_())
     predicted = classes = logits.argmax(1).cpu().numpy()
     if labels is not None:
@@ -150,8 +163,9 @@ def first_order(
     logits.gather(1, followed[:, None]).sum().backward()
     for name, output in passed_on.items():
         if output is logits:
-            found[name].zero_()
-    sums = torch.cat([found[name] for name in by_name], 2)
+            for layer in modules[name]:
+                found[layer.name].zero_()
+    sums = torch.cat([found[layer.name] for layer in layers], 2)
     return FirstOrder(predicted, classes, *sums)
 
 

@@ -51,7 +51,7 @@ def test_every_choice_of_every_group_composes(group):
         ("patches.k=200", "patches.k=200: must be at most activations.k=100"),
         ("patches.crops.sizes=[2]", "patches.crops.sizes=[2.0]: allowed are shares in (0, 1]"),
         ("layers.pool=median", "layers.pool=median: allowed are max, mean, cls"),
-        ("layers.names=[]", "layers.names is empty: allowed are mlp, residual, conv, logits, all and globs"),
+        ("layers.names=[]", "layers.names is empty: allowed are mlp, residual, conv, logits, all, heads, sae and"),
         ("scorer.name=best", "scorer.name=best: allowed are mean_cosine, contrastive, weighted_mean, correlation"),
         ("scorer.params.top=3", "scorer.params.top: unknown for joint; allowed are top_k, a"),
         ("probing.pooled_max=0", "probing.pooled_max=0: must be above 0 for scorer.name=joint"),
