@@ -35,7 +35,7 @@ class EmbeddingsJob:
 
 
 class EmbeddingsWorker:
-    """Decodes each image of a shard once, cuts its crops and encodes them in full batches. Patches that need no encoding,
+    """Decodes each image of a shard once, cuts its crops and encodes them in full batches. Patches that need none,
     because another patch or the whole image has the same crop, are reported as skipped.
 
     Batches are cut on the number of a crop among all crops of the run, so each but the last is full and a crop's
