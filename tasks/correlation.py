@@ -43,8 +43,8 @@ def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
 
 
 def followed(a_UN: np.ndarray, images_ND: np.ndarray, concepts_URD: np.ndarray) -> np.ndarray:
-    """Pearson correlation float64 [U, R] of each row of a with the similarities x.c to its own few concepts c; NaN where
-    one is constant or N < 4.
+    """Pearson correlation float64 [U, R] of each row of a with the similarities x.c to its own few concepts c; NaN
+    where one is constant or N < 4.
 
     Of no image the similarity is needed: the covariance of a with x.c is that with x, times c, and the variance of x.c
     is c'Sc, with S the covariance of the images' vectors.
