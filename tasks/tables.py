@@ -26,7 +26,7 @@ from tasks.columns import (
     UNIT,
 )  # fmt: skip
 
-VERSION = 5
+VERSION = 6
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
