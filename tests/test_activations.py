@@ -128,12 +128,10 @@ def test_photos_equal_reference(tmp_path):
     check_against_reference(job, merged, images, 20)
 
 
-@given(
-    st.lists(st.tuples(st.integers(3, 9), st.integers(-(2**40), 2**40)), unique_by=lambda x: x[1]), st.integers(1, 5)
-)
+@given(st.dictionaries(st.integers(-(2**40), 2**40), st.integers(3, 9)), st.integers(1, 5))
 def test_best_candidates_are_the_first_of_all_sorted(candidates, k):
     """Units in any order, of any number of candidates, some without."""
-    units, keys = (np.array([c[i] for c in candidates], np.int64) for i in (0, 1))
+    keys, units = (np.array(list(x), np.int64) for x in (candidates.keys(), candidates.values()))
     rank, best = _best(units, torch.from_numpy(keys), k)
     expected = []
     for unit in sorted(set(units.tolist())):

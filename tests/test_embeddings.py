@@ -77,7 +77,7 @@ def test_shards_leave_no_trace(made):
 
 
 def test_full_batches(made):
-    """As many calls as all crops of the run fill, and one more for each shard that shares a batch with the one before."""
+    """As many calls as all crops of the run fill, and one more where a shard shares a batch with the one before."""
     (images, patches), settings = made[0][8], made[1]
     out = Folder(patches.settings, "counted", "x", ("embeddings",))
     worker, calls = EmbeddingsWorker(EmbeddingsJob(out, images, patches, settings, 1)), []

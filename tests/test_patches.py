@@ -267,8 +267,8 @@ def slow_box(values, seed, quantile):
 
 @pytest.mark.parametrize("held", [1, HELD])
 def test_the_model_runs_on_exemplar_images_alone_in_full_batches(cnn, monkeypatch, held):
-    """However the images are cut into shards the tables say the same, to the last bit, and no batch runs twice but those
-    that two shards share; nor does it matter how many maps wait for their boxes."""
+    """However the images are cut into shards the tables say the same, to the last bit, and no batch runs twice but
+    those that two shards share; nor does it matter how many maps wait for their boxes."""
     monkeypatch.setattr("tasks.patches.HELD", held)
     tables = []
     for size, (job, merged) in cnn.items():
