@@ -153,12 +153,16 @@ class Clip:
         self.model = loaded.model.to(device)
         self.preprocess, self.tokenizer = loaded.preprocess, loaded.tokenizer
 
-    @torch.inference_mode()
     def images(self, pixels_BHWC: torch.Tensor) -> np.ndarray:
         """uint8 [batch_size, H, W, 3] -> float16 [batch_size, D]."""
+        return self.vectors(pixels_BHWC).cpu().numpy()
+
+    @torch.inference_mode()
+    def vectors(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        """The same on the device, which nobody waits for."""
         assert len(pixels_BHWC) == self.batch_size, "every call has one batch shape"
-        x_BCHW = self.preprocess.normalise(pixels_BHWC.to(self.device))
-        return F.normalize(self.model.encode_image(x_BCHW).float(), dim=-1).half().cpu().numpy()
+        x_BCHW = self.preprocess.normalise(pixels_BHWC.to(self.device, non_blocking=True))
+        return F.normalize(self.model.encode_image(x_BCHW).float(), dim=-1).half()
 
     @torch.inference_mode()
     def concepts(self, concepts: list[str]) -> np.ndarray:

@@ -15,7 +15,8 @@ from tasks.tables import matrix
 DRAWS, SEED = 1000, 0
 """Of the bootstrap."""
 CONSTANT = 1e-12
-"""Variance in a draw, of a row whose own is 1, below which it is constant there: what rounding leaves of none."""
+"""Variance in a draw, of a row whose own is 1, below which it is constant there: what rounding leaves of none. Also of
+similarities, which float16 vectors cannot tell apart by less."""
 
 
 def read_pooled(activations: Folder, shard: int, block: int, column: str = "activation") -> np.ndarray:
@@ -39,6 +40,25 @@ def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(s, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(norms > 0, product(a, s) / norms, np.nan).clip(-1, 1)
+
+
+def followed(a_UN: np.ndarray, images_ND: np.ndarray, concepts_URD: np.ndarray) -> np.ndarray:
+    """Pearson correlation float64 [U, R] of each row of a with the similarities x.c to its own few concepts c; NaN
+    where one is constant or N < 4.
+
+    Of no image the similarity is needed: the covariance of a with x.c is that with x, times c, and the variance of x.c
+    is c'Sc, with S the covariance of the images' vectors.
+    """
+    units, few, width = concepts_URD.shape
+    if len(images_ND) < 4:
+        return np.full((units, few), np.nan)
+    x_ND, c_URD = images_ND.astype(np.float64), concepts_URD.astype(np.float64)
+    x_ND -= x_ND.mean(0)
+    along_UD = product(standardised(a_UN), x_ND)
+    spread_URD = product(c_URD.reshape(-1, width), product(x_ND.T, x_ND)).reshape(units, few, width)
+    variance_UR = np.einsum("urd,urd->ur", spread_URD, c_URD) / len(x_ND)
+    deviation_UR = np.sqrt(np.where(variance_UR > CONSTANT, variance_UR, np.nan))
+    return (np.einsum("ud,urd->ur", along_UD, c_URD) / len(x_ND) / deviation_UR).clip(-1, 1)
 
 
 def product(a_NK: np.ndarray, b_KM: np.ndarray) -> np.ndarray:

@@ -82,15 +82,15 @@ class CoverageWorker:
         job = self.job
         units = job.neurons.read_all("neurons", columns=["layer", "unit", "status", "phrase", "confidence"]).to_pylist()
         rounds = job.explanations.read_all("explanations", columns=["round"])["round"].to_pylist()
-        null_z = {}
-        scores = job.scores.read_all("scores", columns=["layer", "unit", "concept", "family", "null_z"]).to_pylist()
-        for row in scores:
-            null_z[row["layer"], row["unit"], row["concept"]] = row["null_z"]
+        scores = job.scores.read_all("scores", columns=["concept", "null_z"])
+        concepts, z = (scores[c].to_numpy().reshape(len(units), -1) for c in ("concept", "null_z"))  # as many a unit
+        is_name = concepts == np.array([[unit["phrase"]] for unit in units], object)
+        of_name = np.where(is_name.any(1), z[np.arange(len(units)), is_name.argmax(1)].astype(object), None).tolist()
         against = [None] * len(units)
         if job.against is not None:
             against = job.against.read_all("validation", columns=["correlation"])["correlation"].to_pylist()
-        for unit, number, other in zip(units, rounds, against, strict=True):
-            unit |= {"round": number, "against": other, "z": null_z.get((unit["layer"], unit["unit"], unit["phrase"]))}
+        for unit, number, other, own in zip(units, rounds, against, of_name, strict=True):
+            unit |= {"round": number, "against": other, "z": own}
         return [unit for unit in units if unit["status"] in NAMED and unit["phrase"] is not None]
 
 

@@ -9,8 +9,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from tasks.pixels import distinct_shapes
+
 MAX_CROPS = 64
 """Also the stride of crop ids: crop_id = image * MAX_CROPS + number in the grid; number 0 is the whole image."""
+ROWS = 8192
+"""Boxes compared with their grids at once."""
 
 
 @dataclass
@@ -67,25 +71,39 @@ def square(boxes_N4: np.ndarray, context: float) -> np.ndarray:
     return np.concatenate([centre - half, centre + half], 1)
 
 
+def grids(sizes_N2: np.ndarray, sizes: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The grids of all different shapes among N images: int [S, MAX_CROPS, 4] boxes, int [S, MAX_CROPS] levels, and int
+    [N], which of them is each image's.
+
+    sizes_N2: width and height of each image. Behind the end of a smaller grid lie empty boxes, which overlap nothing.
+    """
+    shapes, shape_N = distinct_shapes(sizes_N2)
+    boxes = np.zeros((len(shapes), MAX_CROPS, 4), np.int64)
+    levels = np.zeros((len(shapes), MAX_CROPS), np.int64)
+    for i, (width, height) in enumerate(shapes):
+        grid, level = crop_grid(width, height, sizes)
+        boxes[i, : len(grid)], levels[i, : len(grid)] = grid, level
+    return boxes, levels, shape_N
+
+
 def snap(boxes_N4: np.ndarray, images_N: np.ndarray, sizes_N2: np.ndarray, sizes: list[float]) -> np.ndarray:
     """int64 [N] crop ids: of each image's grid the square with the largest intersection over union, first on ties.
 
     boxes_N4: float boxes in pixels; images_N: image numbers; sizes_N2: width and height of each image.
     """
-    ids = np.zeros(len(boxes_N4), np.int64)
-    shapes, of_shape = np.unique(sizes_N2, axis=0, return_inverse=True)
-    of_shape = of_shape.reshape(-1)
-    for index, (width, height) in enumerate(shapes):
-        rows = np.flatnonzero(of_shape == index)
-        grid, _ = crop_grid(int(width), int(height), sizes)
-        ids[rows] = images_N[rows].astype(np.int64) * MAX_CROPS + iou(boxes_N4[rows], grid).argmax(1)
+    grids_SG4, _, shape_N = grids(sizes_N2, sizes)
+    grids_SG4, ids = grids_SG4.astype(np.float64), images_N.astype(np.int64) * MAX_CROPS
+    for start in range(0, len(ids), ROWS):
+        rows = slice(start, start + ROWS)
+        ids[rows] += iou(boxes_N4[rows], grids_SG4[shape_N[rows]]).argmax(1)
     return ids
 
 
 def iou(boxes_N4: np.ndarray, grid_G4: np.ndarray) -> np.ndarray:
-    """float [N, G], intersection over union of every box with every square."""
-    low = np.maximum(boxes_N4[:, None, :2], grid_G4[None, :, :2])
-    high = np.minimum(boxes_N4[:, None, 2:], grid_G4[None, :, 2:])
-    inter = (high - low).clip(0).prod(2)
-    area = (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(1)[:, None] + (grid_G4[:, 2:] - grid_G4[:, :2]).prod(1)[None]
+    """float [N, G], intersection over union of every box with every square; grid_G4 may be [N, G, 4], one for each."""
+    x0, y0, x1, y1 = (boxes_N4[:, i, None] for i in range(4))
+    left, top, right, bottom = (grid_G4[..., i] for i in range(4))
+    across = (np.minimum(x1, right) - np.maximum(x0, left)).clip(0)
+    inter = across * (np.minimum(y1, bottom) - np.maximum(y0, top)).clip(0)
+    area = (x1 - x0) * (y1 - y0) + (right - left) * (bottom - top)
     return inter / np.maximum(area - inter, 1e-9)

@@ -4,20 +4,25 @@ In: crops and images, or phrases. Out: one float16 vector of norm 1 each. Whole-
 their vector is the image's own.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from tasks.clip import Clip, ClipSettings
+from tasks.columns import BOX
 from tasks.crops import MAX_CROPS
 from tasks.forward import worker_device
-from tasks.images import ImageList, ImageReader, prefetch
+from tasks.images import ImageList, ImageReader, covering, prefetch
+from tasks.pixels import FILTERS
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
 TEXTS_PER_PART = 1024
+AHEAD = 32
+"""Images decoded before their turn."""
 
 
 @dataclass
@@ -30,55 +35,78 @@ class EmbeddingsJob:
 
 
 class EmbeddingsWorker:
-    """Decodes each image of a shard once, cuts its crops and encodes them in full batches.
+    """Decodes each image of a shard once, cuts its crops and encodes them in full batches. Patches that need none,
+    because another patch or the whole image has the same crop, are reported as skipped.
 
-    Batches are cut inside the crops of one batch of images, so a crop's neighbours do not depend on the shard size.
+    Batches are cut on the number of a crop among all crops of the run, so each but the last is full and a crop's
+    neighbours do not depend on the shard size. A batch that two shards share is computed for both.
     """
 
     def __init__(self, job: EmbeddingsJob) -> None:
-        self.job, self.images = job, job.images
-        self.clip = Clip(job.clip, worker_device(job.threads), job.images.batch_size)
+        self.job, self.images, self.device = job, job.images, worker_device(job.threads)
+        self.clip = Clip(job.clip, self.device, job.images.batch_size)
+        # Cut and resized there: the same bits as by Pillow, sooner on a GPU and later on a CPU.
+        self.on_device = self.device.type == "cuda" and self.clip.preprocess.interpolation in FILTERS
+
+    @cached_property
+    def crops(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all crops of the run that are no whole images, in order, and their boxes, int [n, 4]."""
+        table = self.job.patches.read_all("crops", columns=["crop_id", *BOX])
+        ids, boxes = table["crop_id"].to_numpy(), np.stack([table[c].to_numpy() for c in BOX], 1).astype(int)
+        cut = ids % MAX_CROPS != 0
+        return ids[cut], boxes[cut]
 
     def run(self, part: int) -> PartReport:
-        report, size = PartReport(part), self.images.batch_size
+        report, shard, size = PartReport(part), self.images.shard(part), self.images.batch_size
         with report.phase("read"):
-            crops = self.job.patches.read("crops", part)
-            ids = crops["crop_id"].to_numpy()
-            boxes = np.stack([crops[c].to_numpy() for c in ("x0", "y0", "x1", "y1")], 1).astype(int)
-            cut = ids % MAX_CROPS != 0
-            ids, boxes = ids[cut], boxes[cut]
+            ids, boxes = self.crops
+            start, stop = np.searchsorted(ids, (shard.start * MAX_CROPS, shard.stop * MAX_CROPS)).tolist()
+            patches = self.job.patches.read("patches", part, columns=["rank"]).num_rows
         with report.phase("compute"):
-            numbers = ids // MAX_CROPS
-            starts = np.unique(np.concatenate([np.flatnonzero(np.diff(numbers // size, prepend=-1)), [len(ids)]]))
-            pixels = self._pixels(numbers, boxes)
-            found = [self._encode(pixels, stop - start) for start, stop in pairwise(starts)]
-            vectors = np.concatenate(found) if found else np.zeros((0, 1), np.float16)
-        table = make_table("embeddings", {"crop_id": ids, "embedding": vectors})
+            starts = covering(start, stop, size)
+            some = slice(starts.start, starts.start + len(starts) * size)
+            found = [self.clip.vectors(batch) for batch in self._batches(ids[some] // MAX_CROPS, boxes[some])]
+            vectors = torch.cat(found).cpu().numpy() if found else np.zeros((0, 1), np.float16)
+            vectors = vectors[start - starts.start :][: stop - start]
+        table = make_table("embeddings", {"crop_id": ids[start:stop], "embedding": vectors})
         with report.phase("write"):
             self.job.out.write(part, {"embeddings": table})
-        report.rows = {"embeddings": len(ids)}
+        report.rows, report.skipped = {"embeddings": stop - start}, {"repeated crops": patches - (stop - start)}
         return report
 
-    def _pixels(self, numbers: np.ndarray, boxes: np.ndarray):
-        """Iterator over uint8 [H, W, 3] of all crops, in order."""
-        reader = ImageReader(self.images.options)
+    def _batches(self, numbers: np.ndarray, boxes: np.ndarray) -> Iterator[torch.Tensor]:
+        """uint8 [batch_size, H, W, 3] of the crops with these boxes, in order; zeros fill the last one up."""
+        shape = (self.images.batch_size, *self.clip.preprocess.size, 3)
+        batch, filled = torch.zeros(shape, dtype=torch.uint8), 0
+        for crops_NHWC in self._crops(numbers, boxes):
+            while len(crops_NHWC):
+                if not filled:
+                    batch = torch.zeros(shape, dtype=torch.uint8, device=crops_NHWC.device)
+                few = crops_NHWC[: len(batch) - filled]
+                batch[filled : filled + len(few)] = few
+                crops_NHWC, filled = crops_NHWC[len(few) :], (filled + len(few)) % len(batch)
+                if not filled:
+                    yield batch
+        if filled:
+            yield batch
 
-        def cut(image: int) -> list[np.ndarray]:
+    def _crops(self, numbers: np.ndarray, boxes: np.ndarray) -> Iterator[torch.Tensor]:
+        """uint8 [n, H, W, 3] of the crops of each image, decoded ahead; `numbers` are sorted."""
+        reader, (images, firsts) = ImageReader(self.images.options), np.unique(numbers, return_index=True)
+        boxes_of = dict(zip(images.tolist(), np.split(boxes, firsts)[1:], strict=True))
+
+        def load(image: int) -> torch.Tensor:
             photo = self.images.open(image, reader)
-            return [self.clip.preprocess.pixels(photo.crop(tuple(box))) for box in boxes[numbers == image].tolist()]
+            if self.on_device:
+                pixels = torch.from_numpy(np.array(photo))
+                return pixels.pin_memory() if self.device.type == "cuda" else pixels
+            cut = [self.clip.preprocess.pixels(photo.crop(tuple(box))) for box in boxes_of[image].tolist()]
+            return torch.from_numpy(np.stack(cut))
 
-        for crops in prefetch(cut, np.unique(numbers).tolist(), self.images.batch_size):
-            yield from crops
-
-    def _encode(self, pixels, count: int) -> np.ndarray:
-        size, found = self.images.batch_size, []
-        for start in range(0, count, size):
-            batch = np.zeros((size, *self.clip.preprocess.size, 3), np.uint8)
-            length = min(size, count - start)
-            for slot in range(length):
-                batch[slot] = next(pixels)
-            found.append(self.clip.images(torch.from_numpy(batch))[:length])
-        return np.concatenate(found)
+        for image, loaded in zip(images.tolist(), prefetch(load, images.tolist(), AHEAD), strict=True):
+            if self.on_device:
+                loaded = self.clip.preprocess.cut(loaded.to(self.device, non_blocking=True), boxes_of[image])
+            yield loaded
 
 
 @dataclass

@@ -6,10 +6,15 @@ Shapes: U units, C concepts, P patches and K exemplars per unit, L levels of cro
 D dimensions of CLIP.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
+
+CONCEPTS = 4096
+"""Concepts to which the similarity of all images of the sample is known at once."""
 
 
 @dataclass
@@ -21,6 +26,7 @@ class Sample:
     mean_D: torch.Tensor
     """That mean."""
     concepts_CD: torch.Tensor
+    made: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def covariance_DD(self) -> torch.Tensor:
@@ -32,10 +38,16 @@ class Sample:
         """Standard deviation of the similarity of the images to each concept."""
         return ((self.concepts_CD @ self.covariance_DD) * self.concepts_CD).sum(1).clamp(min=1e-12).sqrt()
 
-    @cached_property
-    def similarity_SC(self) -> torch.Tensor:
-        """Similarity minus its mean over the sample. Large: only scorers that are not linear in it may ask."""
-        return self.images_SD @ self.concepts_CD.T
+    def of_similarity(self, key: Hashable, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """float32 [S, C], `change` of the similarities minus their mean over the sample; it gets and gives [S, some
+        concepts]. Made once under its key. Large: only scorers that are not linear in the similarity may ask.
+        """
+        if key not in self.made:
+            self.made[key] = torch.empty(len(self.images_SD), len(self.concepts_CD), device=self.images_SD.device)
+            parts = zip(self.made[key].split(CONCEPTS, 1), self.concepts_CD.split(CONCEPTS), strict=True)
+            for part_SC, concepts_CD in parts:
+                part_SC.copy_(change(self.images_SD @ concepts_CD.T))
+        return self.made[key]
 
 
 @dataclass
@@ -62,17 +74,15 @@ class Evidence:
     activations_US: torch.Tensor
     """Pooled activations on the images of the sample."""
 
-    def patch_similarity(self) -> torch.Tensor:
-        """[U, P, C]"""
-        return self.patches_UPD @ self.concepts_CD.T
-
     def null_z(self) -> torch.Tensor:
         """[U, C], mean similarity of the patches against as many random crops of the same sizes, in standard errors.
 
         z = sum_p (s_pc - mean_lc) / sqrt(sum_p std_lc^2) with l the size of patch p: a concept to which everything is
-        similar gets no credit for it, nor does a unit whose patches are small.
+        similar gets no credit for it, nor does a unit whose patches are small. Sums of patches and of sizes say it all:
+        no similarity of single patches is needed.
         """
-        has_UP1 = self.has_patch_UP[:, :, None].float()
-        excess = ((self.patch_similarity() - self.null_mean_LC[self.levels_UP]) * has_UP1).sum(1)
-        variance = (self.null_std_LC[self.levels_UP].square() * has_UP1).sum(1)
-        return excess / variance.sqrt().clamp(min=1e-6)
+        sizes_UPL = F.one_hot(self.levels_UP, len(self.null_mean_LC)) * self.has_patch_UP[:, :, None]
+        count_UL = sizes_UPL.sum(1).float()
+        excess_UC = self.patches_UPD.sum(1) @ self.concepts_CD.T - count_UL @ self.null_mean_LC
+        variance_UC = count_UL @ self.null_std_LC.square()
+        return excess_UC / variance_UC.sqrt().clamp(min=1e-6)

@@ -13,7 +13,7 @@ import torch
 
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.moments import order_keys, quantile
+from tasks.moments import EMPTY, order_keys, quantile
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
@@ -68,18 +68,32 @@ def merge_candidates(shards: list[pa.Table], tail: str, k: int, images: ImageLis
     unit = np.repeat(rows["unit"].to_numpy(), lengths)
     image, activation, position = (lists[c].flatten().to_numpy() for c in ("image", "activation", "position"))
     sign = 1 if tail == "top" else -1
-    keys = order_keys(torch.from_numpy(sign * activation), torch.from_numpy(images.order[image])).numpy()
-    sort = np.lexsort((~keys, unit))
-    unit, image, activation, position = unit[sort], image[sort], activation[sort], position[sort]
-    starts = np.flatnonzero(np.diff(unit, prepend=-1))
-    rank = np.arange(len(unit)) - np.repeat(starts, np.diff(starts, append=len(unit)))
-    keep = rank < k
-    columns = {"unit": unit, "rank": rank, "image": image, "activation": activation, "position": position}
-    columns = {name: values[keep] for name, values in columns.items()}
-    layer = [rows["layer"][0].as_py()] * int(keep.sum()) if rows.num_rows else []
-    return make_table(
-        "exemplars", columns | {"layer": layer, "tail": [tail] * len(layer), "image_id": images.ids[columns["image"]]}
-    )
+    keys = order_keys(torch.from_numpy(sign * activation), torch.from_numpy(images.order[image]))
+    rank, best = _best(unit, keys, k)
+    columns = {"unit": unit[best], "rank": rank, "image": image[best]}
+    columns |= {"activation": activation[best], "position": position[best]}
+    columns |= {"layer": rows["layer"].take(pa.array(np.zeros_like(best))).combine_chunks()}
+    columns |= {"tail": pa.repeat(tail, len(best)), "image_id": images.ids[columns["image"]]}
+    return make_table("exemplars", columns)
+
+
+def _best(units: np.ndarray, keys: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest keys of each unit, by unit and rank: int [n] ranks from 0, int [n] places among the keys.
+
+    The keys of a unit become a row of a matrix: its top-k is found much sooner than all of them are sorted.
+    """
+    if not len(units):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    row = units - units.min()
+    counts = np.bincount(row)
+    order = np.argsort(row.astype(np.min_scalar_type(len(counts))), kind="stable")  # of 16 bits NumPy sorts by radix
+    starts = counts.cumsum() - counts
+    place = np.arange(len(row)) - np.repeat(starts, counts)
+    laid = torch.full((len(counts), int(counts.max())), EMPTY)
+    laid[torch.from_numpy(row[order]), torch.from_numpy(place)] = keys[torch.from_numpy(order)]
+    top, column = laid.topk(min(k, laid.shape[1]), dim=1)
+    filled = (top != EMPTY).numpy()
+    return np.nonzero(filled)[1], order[(starts[:, None] + column.numpy())[filled]]
 
 
 def merge_stats(shards: list[pa.Table], block: Block) -> pa.Table:

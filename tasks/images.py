@@ -208,6 +208,11 @@ class ImageList:
         return [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
 
 
+def covering(start: int, stop: int, size: int) -> range:
+    """Starts of the batches, cut at multiples of `size`, that hold what is numbered start to stop; none for nothing."""
+    return range(start // size * size, stop, size) if start < stop else range(0)
+
+
 def prefetch(load: Callable[[int], Any], numbers: list[int], ahead: int, threads: int = 2) -> Iterator[Any]:
     """load(number) for every number, in order, computed in threads up to `ahead` results before they are asked for."""
     with ThreadPoolExecutor(threads) as pool:

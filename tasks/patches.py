@@ -1,13 +1,14 @@
 """Stage patches: where in its exemplars each unit is active.
 
-In: exemplars re-keyed by image, images, the target model (run once more on the images that are exemplars). Out: patches
+In: exemplars, images, the target model (run once more on the images that are exemplars, and on no others). Out: patches
 (one box and its crop per exemplar) and crops (the distinct ones).
 
-Shapes: M maps of one layer and batch, H x W positions.
+Shapes: N exemplars, M maps of one grid, H x W positions.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,22 @@ import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
-from tasks.crops import MAX_CROPS, CropSettings, crop_grid, snap, square
+from tasks.crops import MAX_CROPS, CropSettings, grids, snap, square
 from tasks.forward import HookedTarget, TargetPass
+from tasks.images import covering
 from tasks.layers import Block, Layer
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
 PEAK_SHARE = 0.5
 """The active part of a map is what reaches this share of its peak, and the unit's position quantile."""
-EXEMPLAR_COLUMNS = ["layer", "unit", "tail", "rank", "image", "activation", "position"]
+TAILS = ("top", "bottom")
+RINGS = 8
+"""Rings by which parts grow before it is asked which of them are whole."""
+HELD = 2**23
+"""Values of maps that wait for their boxes: on a GPU one call for several batches, not one a layer and batch."""
+
+Columns = dict[str, np.ndarray]
 
 
 @dataclass
@@ -38,8 +46,8 @@ class PatchesSettings:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"patches.k={self.k}: must be at least 1")
-        if not self.tails or not set(self.tails) <= {"top", "bottom"}:
-            raise ValueError(f"patches.tails={self.tails}: allowed are top, bottom")
+        if not self.tails or not set(self.tails) <= set(TAILS):
+            raise ValueError(f"patches.tails={self.tails}: allowed are {', '.join(TAILS)}")
 
 
 @dataclass
@@ -52,122 +60,139 @@ class PatchesJob:
 
 
 class PatchesWorker:
-    """Recomputes the maps of the exemplar images of a shard and cuts their active part out."""
+    """Recomputes the maps of the exemplar images of a shard and cuts their active part out.
+
+    Batches are cut on the number of an image among all exemplar images of the run, so each but the last is full and an
+    image's neighbours do not depend on the shard size. A batch that two shards share is computed for both.
+    """
 
     def __init__(self, job: PatchesJob) -> None:
         self.job, self.images = job, job.model.images
         self.target = HookedTarget(job.model)
         self.device = self.target.device
+        layers = {layer.name: number for number, layer in enumerate(job.model.layers)}
+        self.layer_of = np.array([layers[block.layer] for block in job.blocks])
+        self.has_map = np.array([layer.layout != "vector" for layer in job.model.layers])[self.layer_of]
+
+    @cached_property
+    def wanted(self) -> Columns:
+        """All exemplars that become patches, by shard; within one by layer (forward order), unit, tail and rank."""
+        blocks = [self._exemplars(part) for part in range(len(self.job.blocks))]
+        found = {column: np.concatenate([block[column] for block in blocks]) for column in blocks[0]}
+        order = np.argsort(found["image"] // self.images.shard_size, kind="stable")
+        return {column: values[order] for column, values in found.items()}
+
+    def _exemplars(self, part: int) -> Columns:
+        """Those of one unit block, by unit, tail and rank."""
+        settings, read = self.job.settings, self.job.exemplars.read
+        used: list[tuple[str, str, Any]] = [("rank", "<", settings.k), ("tail", "in", settings.tails)]
+        table = read("exemplars", part, columns=["unit", "tail", "rank", "image", "position"], filters=used)
+        found = {column: table[column].to_numpy() for column in ("unit", "rank", "image", "position")}
+        found["bottom"] = pc.call_function("equal", [table["tail"], "bottom"]).to_numpy()
+        found["block"] = np.full(len(table), part)
+        quantiles = read("unit_stats", part, columns=["position_quantile"])["position_quantile"].to_numpy()
+        found["quantile"] = quantiles[found["unit"] - self.job.blocks[part].start]
+        order = np.lexsort((found["rank"], found["bottom"], found["unit"]))
+        return {column: values[order] for column, values in found.items()}
+
+    @cached_property
+    def mapped(self) -> np.ndarray:
+        """Numbers of the images that are exemplars of layers with positions, in order."""
+        is_one = np.zeros(len(self.images), bool)
+        is_one[self.wanted["image"][self.has_map[self.wanted["block"]]]] = True
+        return np.flatnonzero(is_one)
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
         with report.phase("read"):
-            wanted = self._wanted(part)
+            start, stop = np.searchsorted(self.wanted["image"] // self.images.shard_size, (part, part + 1))
+            rows = {column: values[start:stop] for column, values in self.wanted.items()}
         with report.phase("compute"):
-            boxes, fractions = self._boxes(part, wanted)
-            patches, crops = self._tables(wanted, boxes, fractions)
+            boxes, fractions = self._boxes(part, rows)
+            patches, crops = self._tables(rows, boxes, fractions)
         with report.phase("write"):
-            self.job.out.write(part, {"patches": patches, "crops": crops}, {"patches": self._groups(patches)})
+            groups = np.bincount(rows["block"], minlength=len(self.job.blocks)).tolist()
+            self.job.out.write(part, {"patches": patches, "crops": crops}, {"patches": groups})
         report.rows = {"patches": patches.num_rows, "crops": crops.num_rows}
         return report
 
-    def _wanted(self, part: int) -> pa.Table:
-        """Exemplars that lie in this shard, sorted by layer (forward order), unit, tail and rank."""
-        shard, exemplars = self.images.shard(part), self.job.exemplars
-        within: list[tuple[str, str, Any]] = [("image", ">=", shard.start), ("image", "<", shard.stop)]
-        within += [("rank", "<", self.job.settings.k), ("tail", "in", self.job.settings.tails)]
-        layers = {layer.name: number for number, layer in enumerate(self.job.model.layers)}
-        unit_stats = exemplars.read_all("unit_stats", columns=["layer", "unit", "position_quantile"])
-        found = exemplars.read_all("exemplars", columns=EXEMPLAR_COLUMNS, filters=within)
-        found = found.join(unit_stats, ["layer", "unit"])
-        place = np.array([layers[name] for name in found["layer"].to_pylist()], np.int64)
-        tail = pc.call_function("equal", [found["tail"], "bottom"]).to_numpy()
-        order = np.lexsort((found["rank"].to_numpy(), tail, found["unit"].to_numpy(), place))
-        return found.take(order)
-
-    def _boxes(self, part: int, wanted: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """float [N, 4] boxes as shares of the model's input, and float [N] active shares, in the order of `wanted`.
+    def _boxes(self, part: int, rows: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [N, 4] boxes as shares of the model's input, and float32 [N] active shares, in the order of `rows`.
 
         The model runs on the batches that hold exemplars of layers with positions; other rows keep the whole input.
         """
-        column = {c: wanted[c].to_numpy(zero_copy_only=False) for c in wanted.column_names}
-        batch_of, slot = np.divmod(column["image"] - self.images.shard(part).start, self.images.batch_size)
-        rows_of = _group_rows(column["layer"], batch_of, np.flatnonzero(self._has_map(column["layer"])))
-        boxes, fractions = np.tile([0.0, 0.0, 1.0, 1.0], (len(slot), 1)), np.ones(len(slot))
-        running = sorted({batch for _, batch in rows_of})
-        current = iter(running)
-        batch = next(current, -1)
+        size, shard, layers = self.images.batch_size, self.images.shard(part), self.job.model.layers
+        starts = covering(*np.searchsorted(self.mapped, (shard.start, shard.stop)).tolist(), size)
+        batch_of, slot = np.divmod(np.searchsorted(self.mapped, rows["image"]) - starts.start, size)
+        call_of = batch_of * len(layers) + self.layer_of[rows["block"]]
+        order = np.flatnonzero(self.has_map[rows["block"]])
+        order = order[np.argsort(call_of[order], kind="stable")]
+        ends = np.bincount(call_of[order], minlength=len(starts) * len(layers)).cumsum().tolist()
 
         def device(values: np.ndarray, dtype: type) -> torch.Tensor:
             return torch.from_numpy(values.astype(dtype)).to(self.device)
 
+        slots, units, seeds = (device(x[order], np.int64) for x in (slot, rows["unit"], rows["position"]))
+        bottom = device(rows["bottom"][order], bool)
+        signs, limits = 1 - 2.0 * bottom, device(rows["quantile"][order], np.float32).masked_fill(bottom, -torch.inf)
+        places, found = torch.arange(len(order), device=self.device), torch.empty(len(order), 5, device=self.device)
+        held: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        first, number_of = 0, {layer.name: number for number, layer in enumerate(layers)}
+
         def on_layer(layer: Layer, output: Any) -> None:
-            rows = rows_of.get((layer.name, batch))
-            if rows is None:
-                return
-            top = column["tail"][rows] == "top"
-            at, units = device(slot[rows], np.int64), device(column["unit"][rows], np.int64)
-            maps_MHW = layer.maps_of(output, at, units).float().unflatten(1, layer.grid)
-            maps_MHW *= device(np.where(top, 1, -1), np.float32)[:, None, None]
-            quantiles = device(np.where(top, column["position_quantile"][rows], -np.inf), np.float32)
-            found = active_boxes(maps_MHW, device(column["position"][rows], np.int64), quantiles)
-            boxes[rows], fractions[rows] = found[0].cpu().numpy(), found[1].cpu().numpy()
+            call = first + number_of[layer.name]
+            own = slice(ends[call - 1] if call else 0, ends[call])
+            if own.start < own.stop:
+                maps_MP = layer.maps_of(output, slots[own], units[own]).float() * signs[own, None]
+                held[layer.grid].append((places[own], maps_MP))
 
         def after_batch(_numbers: np.ndarray) -> None:
-            nonlocal batch
-            batch = next(current, -1)
+            nonlocal first
+            first += len(layers)
+            if sum(maps.numel() for grid in held.values() for _, maps in grid) < HELD and first < len(ends):
+                return
+            for grid, waiting in held.items():
+                own, maps_MP = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+                boxes_M4, shares_M = active_boxes(maps_MP.unflatten(1, grid), seeds[own], limits[own])
+                found[own] = torch.cat([boxes_M4, shares_M[:, None]], 1)
+            held.clear()
 
-        batches = self.images.shard_batches(part)
-        self.target.run([batches[b] for b in running], on_layer, after_batch)
+        self.target.run([self.mapped[start : start + size] for start in starts], on_layer, after_batch)
+        boxes, fractions = np.tile(np.float32([0, 0, 1, 1]), (len(slot), 1)), np.ones(len(slot), np.float32)
+        found_N5 = found.cpu().numpy()
+        boxes[order], fractions[order] = found_N5[:, :4], found_N5[:, 4]
         return boxes, fractions
 
-    def _has_map(self, layers: np.ndarray) -> np.ndarray:
-        """bool, whether the layer of each row has positions."""
-        return np.isin(layers.astype(str), [layer.name for layer in self.job.model.layers if layer.layout != "vector"])
-
-    def _tables(self, wanted: pa.Table, boxes: np.ndarray, fractions: np.ndarray) -> tuple[pa.Table, pa.Table]:
-        images, crops = self.images, self.job.settings.crops
-        numbers = wanted["image"].to_numpy().astype(np.int64)
-        width, height = images.column("width")[numbers], images.column("height")[numbers]
-        whole = np.stack([0 * width, 0 * width, width, height], 1).astype(np.float64)
-        has_map = self._has_map(wanted["layer"].to_numpy(zero_copy_only=False))
-        pixels = np.where(has_map[:, None], self.target.preprocess.to_image(boxes, width, height), whole)
-        snapped = snap(square(pixels, crops.context), numbers, np.stack([width, height], 1), crops.sizes)
+    def _tables(self, rows: Columns, boxes: np.ndarray, fractions: np.ndarray) -> tuple[pa.Table, pa.Table]:
+        numbers, crops = rows["image"].astype(np.int64), self.job.settings.crops
+        sizes, has_map = self._sizes(numbers), self.has_map[rows["block"]]
+        pixels = self.target.preprocess.to_image(boxes, *sizes.T)
+        pixels = np.where(has_map[:, None], pixels, np.concatenate([0 * sizes, sizes], 1))
+        snapped = snap(square(pixels, crops.context), numbers, sizes, crops.sizes)
         crop_ids = np.where(has_map, snapped, numbers * MAX_CROPS)
-        columns = {c: wanted[c] for c in ("layer", "unit", "tail", "rank", "image")}
-        columns |= {"image_id": images.ids[numbers], "crop_id": crop_ids, "active_fraction": fractions}
-        patches = make_table("patches", {c: _plain(v) for c, v in (columns | _box_columns(pixels)).items()})
-        return patches, self._crop_table(np.unique(crop_ids))
+        columns = {
+            "layer": pa.array([block.layer for block in self.job.blocks]).take(pa.array(rows["block"])),
+            "tail": pa.array(TAILS).take(pa.array(rows["bottom"].astype(int))),
+            "image_id": self.images.table["image_id"].take(pa.array(numbers)).combine_chunks(),
+            "crop_id": crop_ids,
+            "active_fraction": fractions,
+        }
+        columns |= {column: rows[column] for column in ("unit", "rank", "image")} | _box_columns(pixels)
+        return make_table("patches", columns), self._crop_table(np.unique(crop_ids))
 
     def _crop_table(self, crop_ids: np.ndarray) -> pa.Table:
         numbers, places = np.divmod(crop_ids, MAX_CROPS)
-        width, height = self.images.column("width"), self.images.column("height")
-        grids = [crop_grid(int(width[i]), int(height[i]), self.job.settings.crops.sizes) for i in numbers]
-        chosen = [(boxes[p], levels[p]) for (boxes, levels), p in zip(grids, places, strict=True)]
-        columns = {"crop_id": crop_ids, "image": numbers, "level": [level for _, level in chosen]}
-        boxes = np.array([box for box, _ in chosen]).reshape(-1, 4)  # also where a shard has no exemplars
-        return make_table("crops", columns | _box_columns(boxes))
+        boxes, levels, shape = grids(self._sizes(numbers), self.job.settings.crops.sizes)
+        columns = {"crop_id": crop_ids, "image": numbers, "level": levels[shape, places]}
+        return make_table("crops", columns | _box_columns(boxes[shape, places]))
 
-    def _groups(self, patches: pa.Table) -> list[int]:
-        """Rows of each unit block; the table is sorted by layer and unit."""
-        layer, unit = patches["layer"].to_numpy(zero_copy_only=False), patches["unit"].to_numpy()
-        return [int(((layer == b.layer) & (unit >= b.start) & (unit < b.stop)).sum()) for b in self.job.blocks]
+    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """int [N, 2], width and height of images."""
+        return np.stack([self.images.column(name)[numbers] for name in ("width", "height")], 1)
 
 
-def _plain(values: Any) -> Any:
-    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-
-
-def _box_columns(boxes_N4: np.ndarray) -> dict[str, np.ndarray]:
+def _box_columns(boxes_N4: np.ndarray) -> Columns:
     return {name: boxes_N4[:, i].astype(np.float32) for i, name in enumerate(("x0", "y0", "x1", "y1"))}
-
-
-def _group_rows(layers: np.ndarray, batches: np.ndarray, rows: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    """Of the given rows, their numbers by (layer, batch)."""
-    found: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for row, layer, batch in zip(rows.tolist(), layers[rows], batches[rows].tolist(), strict=True):
-        found[layer, batch].append(row)
-    return {key: np.array(numbers) for key, numbers in found.items()}
 
 
 def active_boxes(
@@ -180,19 +205,36 @@ def active_boxes(
     alone. Neighbours touch by side or corner. Returns float [M, 4] boxes x0, y0, x1, y1 as shares of the map, and float
     [M], the share of the map at or above the threshold.
     """
-    count, height, width = maps_MHW.shape
+    height, width = maps_MHW.shape[1:]
     peak = maps_MHW.flatten(1).gather(1, seeds_M[:, None])[:, 0]
     threshold = torch.minimum(torch.maximum(quantiles_M, PEAK_SHARE * peak), peak)
     above = maps_MHW >= threshold[:, None, None]
-    part = F.one_hot(seeds_M, height * width).view(count, height, width).bool()
-    while True:
-        grown = (F.max_pool2d(part[:, None].float(), 3, 1, 1)[:, 0] > 0) & above
-        if torch.equal(grown, part):
-            break
-        part = grown
+    part = connected(above, seeds_M)
     rows, columns = part.any(2), part.any(1)
     edges = [_first(columns) / width, _first(rows) / height, _last(columns) / width, _last(rows) / height]
     return torch.stack(edges, 1), above.flatten(1).float().mean(1)
+
+
+def connected(above_MHW: torch.Tensor, seeds_M: torch.Tensor) -> torch.Tensor:
+    """bool [M, H, W], the part of each mask that hangs together with its seed; neighbours touch by side or corner.
+
+    Every part grows ring by ring. After RINGS of them those that grew no more are whole and take no part in the next:
+    the few winding ones do not hold up the rest, and a GPU is asked once for many rings.
+    """
+    count, height, width = above_MHW.shape
+    part = torch.zeros(count, height * width, dtype=torch.bool, device=above_MHW.device)
+    part = part.scatter_(1, seeds_M[:, None], True).view_as(above_MHW) & above_MHW
+    growing = torch.arange(count, device=part.device)
+    for _ in range(0, height * width, RINGS):  # a part that grows takes at least one position more in each ring
+        before, above = part[growing], above_MHW[growing]
+        grown = before
+        for _ in range(RINGS):
+            grown = (F.max_pool2d(grown[:, None].float(), 3, 1, 1)[:, 0] > 0) & above
+        part[growing] = grown
+        growing = growing[(grown != before).flatten(1).any(1)]
+        if not len(growing):
+            break
+    return part
 
 
 def _first(line_ML: torch.Tensor) -> torch.Tensor:

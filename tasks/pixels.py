@@ -7,9 +7,11 @@ pixels.
 import io
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image
 
 # Not around each call: warnings.catch_warnings is not safe in threads, and images are decoded in threads.
@@ -29,6 +31,17 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
 }
+FILTERS = {
+    "bilinear": (1, lambda x: (1 - x).clip(0)),
+    "bicubic": (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)),
+    "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
+}
+"""What `resize` can do: how far a filter reaches, and its value at a distance within that. The cubic is Keys' with
+a = -0.5 (IEEE Transactions on Acoustics, Speech and Signal Processing, 1981)."""
+WEIGHT_BITS = 22
+"""Pillow's weights are whole multiples of 2^-22."""
+CUT_PIXELS = 2**24
+"""Pixels resized at once: bounds the memory."""
 RESIZES = ("cover", "squash", "contain")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,6 +107,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def distinct_shapes(sizes_N2: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """The different widths and heights among images, and int [N], which of them each has."""
+    widths, heights = sizes_N2.astype(np.int64).T
+    keys, shape_N = np.unique(widths << 32 | heights, return_inverse=True)
+    return [(key >> 32, key & 0xFFFFFFFF) for key in keys.tolist()], shape_N
+
+
 @dataclass
 class Preprocess:
     """How a model wants its images: resize, centre crop to `size`, scale to [0, 1], normalise."""
@@ -134,6 +154,26 @@ class Preprocess:
             image = image.crop((left, top, left + self.size[1], top + self.size[0]))
         return np.asarray(image)
 
+    def cut(self, photo_HWC: torch.Tensor, boxes_N4: np.ndarray) -> torch.Tensor:
+        """uint8 [N, height, width, 3] on the device of a uint8 photo: `pixels` of each box cut out of it, to the bit.
+
+        Boxes x0, y0, x1, y1 are whole pixels inside the photo. All of one size go through together.
+        """
+        shapes, shape_N = distinct_shapes(boxes_N4[:, 2:] - boxes_N4[:, :2])
+        corners_N2 = torch.from_numpy(boxes_N4[:, :2].astype(np.int64)).to(photo_HWC.device)
+        found_NHWC = torch.empty(len(boxes_N4), *self.size, 3, dtype=torch.uint8, device=photo_HWC.device)
+        for i, (width, height) in enumerate(shapes):
+            windows = photo_HWC.permute(2, 0, 1).unfold(1, height, 1).unfold(2, width, 1)
+            rows = torch.from_numpy(np.flatnonzero(shape_N == i)).to(photo_HWC.device)
+            for few in rows.split(max(1, CUT_PIXELS // (width * height))):
+                x_CNHW = windows[:, corners_N2[few, 1], corners_N2[few, 0]]
+                to_width, to_height = self._resized(width, height)
+                x_CNHW = resize(x_CNHW, to_width, to_height, self.interpolation)
+                left, top = self._offset(to_width, to_height)
+                edges = (-left, self.size[1] + left - to_width, -top, self.size[0] + top - to_height)
+                found_NHWC[few] = F.pad(x_CNHW, edges).permute(1, 2, 3, 0)
+        return found_NHWC
+
     def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] as the model was trained on."""
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float().div_(255)
@@ -143,11 +183,56 @@ class Preprocess:
 
     def to_image(self, boxes_N4: np.ndarray, widths_N: np.ndarray, heights_N: np.ndarray) -> np.ndarray:
         """Boxes x0, y0, x1, y1 as shares of the model's input -> pixels of images of these sizes, cut at the edges."""
-        resized = np.array([self._resized(int(w), int(h)) for w, h in zip(widths_N, heights_N, strict=True)]).reshape(
-            -1, 2
-        )
-        offset = np.array([self._offset(w, h) for w, h in resized]).reshape(-1, 2)
-        scale = np.stack([widths_N, heights_N], 1) / resized
+        sizes_N2 = np.stack([widths_N, heights_N], 1)
+        shapes, shape_N = distinct_shapes(sizes_N2)
+        resized = [self._resized(*shape) for shape in shapes]
+        offset_N2 = np.array([self._offset(*size) for size in resized]).reshape(-1, 2)[shape_N]
+        scale_N2 = sizes_N2 / np.array(resized).reshape(-1, 2)[shape_N]
         pixels = boxes_N4.reshape(-1, 2, 2) * np.array([self.size[1], self.size[0]])
-        pixels = (pixels + offset[:, None]) * scale[:, None]
-        return pixels.clip(0, np.stack([widths_N, heights_N], 1)[:, None]).reshape(-1, 4)
+        pixels = (pixels + offset_N2[:, None]) * scale_N2[:, None]
+        return pixels.clip(0, sizes_N2[:, None]).reshape(-1, 4)
+
+
+@lru_cache(maxsize=64)
+def _weights(length: int, out: int, interpolation: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 [length, out], upper and lower half of what each pixel of a resized line takes from each of the line.
+
+    As Pillow resizes: pixel i looks at (i + 0.5) length / out, with the filter stretched by length / out where that is
+    above 1 and cut off at the line's ends; its weights sum to 1 and are rounded to whole multiples of 2^-22.
+    """
+    reach, shape = FILTERS[interpolation]
+    scale = length / out
+    stretch, place_L = max(scale, 1.0), np.arange(length)
+    centre_O1 = ((np.arange(out) + 0.5) * scale)[:, None]
+    first_O1 = np.trunc(centre_O1 - reach * stretch + 0.5)
+    stop_O1 = np.trunc(centre_O1 + reach * stretch + 0.5)
+    distance_OL = np.abs(place_L - centre_O1 + 0.5) * (1 / stretch)
+    inside_OL = (place_L >= first_O1) & (place_L < stop_O1) & (distance_OL < reach)
+    share_OL = np.where(inside_OL, shape(distance_OL), 0)
+    whole_OL = share_OL / share_OL.cumsum(1)[:, -1:] * 2**WEIGHT_BITS  # summed one by one, as Pillow does
+    whole_OL = np.trunc(whole_OL + np.copysign(0.5, whole_OL)).astype(np.int64)
+    upper_OL = whole_OL + 2 ** (WEIGHT_BITS // 2 - 1) >> WEIGHT_BITS // 2
+    halves = upper_OL, whole_OL - (upper_OL << WEIGHT_BITS // 2)
+    upper_LO, lower_LO = (torch.from_numpy(half.T.astype(np.float32)).to(device) for half in halves)
+    return upper_LO, lower_LO
+
+
+def resize(x_CNHW: torch.Tensor, width: int, height: int, interpolation: str) -> torch.Tensor:
+    """uint8 images of any number of axes in front, resized on their device: the same bits as Pillow's resize.
+
+    Pillow goes first along rows, then along columns, in whole numbers of 2^-22, and rounds in between. Here each way is
+    two matrix products, one by half of the weights' 22 bits: with 8 bits of a pixel and 11 of a weight all sums stay
+    below 2^24 and float32 is exact, whatever the order, for images up to 15 times as large as what they become (beyond
+    that a pixel may be off by 1). `interpolation` is a key of FILTERS.
+    """
+    for out, turned in ((width, False), (height, True)):
+        x_CNHW = x_CNHW.mT if turned else x_CNHW
+        if x_CNHW.shape[-1] != out:
+            pixels = x_CNHW.float()
+            upper, lower = (
+                (pixels @ half).int() for half in _weights(x_CNHW.shape[-1], out, interpolation, x_CNHW.device)
+            )
+            sums = (upper << WEIGHT_BITS // 2) + lower + 2 ** (WEIGHT_BITS - 1)
+            x_CNHW = (sums >> WEIGHT_BITS).clamp(0, 255).to(torch.uint8)
+        x_CNHW = x_CNHW.mT if turned else x_CNHW
+    return x_CNHW

@@ -130,7 +130,7 @@ def cos_cubed(evidence: Evidence) -> torch.Tensor:
     """
     a_US = evidence.activations_US
     q_US = F.normalize((a_US - a_US.mean(1, keepdim=True)) ** 3, dim=1)
-    return q_US @ F.normalize(evidence.sample.similarity_SC**3, dim=0, eps=1e-12)
+    return q_US @ evidence.sample.of_similarity("cubes", lambda s_SC: F.normalize(s_SC**3, dim=0, eps=1e-12))
 
 
 @scorer(dense=True)
@@ -166,11 +166,13 @@ def auc(evidence: Evidence, *, share: float = 0.05) -> torch.Tensor:
     the rank sum of Mann and Whitney. INVERT has labelled images; here an image is of a concept if its similarity is
     among the largest `share` of the explain sample.
     """
-    similarity_SC = evidence.sample.similarity_SC
-    images = len(similarity_SC)
+    images = evidence.activations_US.shape[1]
     count = min(max(round(images * share), 1), max(images - 1, 1))
-    is_of_SC = torch.zeros_like(similarity_SC).scatter_(0, similarity_SC.topk(count, dim=0).indices, 1)
-    rank_sum_UC = ranks(evidence.activations_US) @ is_of_SC
+
+    def is_of(similarity_SC: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(similarity_SC).scatter_(0, similarity_SC.topk(count, dim=0).indices, 1)
+
+    rank_sum_UC = ranks(evidence.activations_US) @ evidence.sample.of_similarity(("is of", count), is_of)
     return (rank_sum_UC - count * (count + 1) / 2) / (count * max(images - count, 1))
 
 
@@ -223,10 +225,10 @@ def soft_wpmi(
     the rank: log p(unit | c) = sum_x log(1 + p_x (P(c | x) - 1)). The stage subtracts the log of its mean over all
     units of the layer. Defaults as published (top 100 images, a = 10).
     """
-    log_likely_UKC, has_UK1 = _log_likely(evidence, top_k, a)
-    rank_K = torch.arange(log_likely_UKC.shape[1], device=log_likely_UKC.device)
+    likely_UKC, has_UK1 = _likely(evidence, top_k, a)
+    rank_K = torch.arange(likely_UKC.shape[1], device=likely_UKC.device)
     inside_K1 = (p_start - rank_K / top_k * (p_start - p_end))[:, None]
-    return ((1 + inside_K1 * (log_likely_UKC.exp() - 1) + 1e-7).log() * has_UK1).sum(1)
+    return likely_UKC.sub_(1).mul_(inside_K1).add_(1).add_(1e-7).log_().mul_(has_UK1).sum(1)
 
 
 @scorer(marginal=0.6, logs=True)
@@ -236,8 +238,8 @@ def wpmi(evidence: Evidence, *, top_k: int = 28, a: float = 2.0) -> torch.Tensor
     log p(unit | c) = sum_x log P(c | x) over the exemplars, P as in soft_wpmi; the stage subtracts 0.6 times the log of
     its mean over all units of the layer. Defaults of the authors' code (top 28 images, a = 2).
     """
-    log_likely_UKC, has_UK1 = _log_likely(evidence, top_k, a)
-    return ((log_likely_UKC.exp() + 1e-7).log() * has_UK1).sum(1)
+    likely_UKC, has_UK1 = _likely(evidence, top_k, a)
+    return likely_UKC.add_(1e-7).log_().mul_(has_UK1).sum(1)
 
 
 LIFT = 120
@@ -270,10 +272,13 @@ def joint(evidence: Evidence, *, top_k: int = 10, a: float = 100.0) -> torch.Ten
     return soft_wpmi(evidence, top_k=top_k, a=a)
 
 
-def _log_likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax_c(a cos(x, c)) of the strongest exemplars [U, K, C], and which there are [U, K, 1]."""
+def _likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax_c(a cos(x, c)) of the strongest exemplars [U, K, C], and which there are [U, K, 1].
+
+    The first is by far the largest thing that scoring holds: callers go on in place.
+    """
     similarity_UKC = evidence.exemplars_UKD[:, :top_k] @ evidence.concepts_CD.T
-    return (a * similarity_UKC).log_softmax(2), evidence.has_exemplar_UK[:, :top_k, None].float()
+    return similarity_UKC.mul_(a).log_softmax(2).exp_(), evidence.has_exemplar_UK[:, :top_k, None].float()
 
 
 def unexplained(weighted_UD: torch.Tensor, concept_UD: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 In: patches and their embeddings, exemplars, unit_stats, pooled activations of the explain sample, image embeddings,
 concepts and their embeddings. Out: the kept concepts of each unit, ranked; among them the one that says most beside the
-best. Units go through in chunks of one fixed size, so memory does not depend on the block.
+best. Units go through in chunks of one fixed size: nothing is held that has a row for each unit of a block and a column
+for each concept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +72,8 @@ class ScoresWorker:
 
     @cached_property
     def concepts(self) -> pa.Table:
-        return self.job.vocabulary.read_all("concepts", columns=["concept_id", "concept", "family"])
+        columns = ["concept_id", "concept", "family"]
+        return self.job.vocabulary.read_all("concepts", columns=columns).combine_chunks()
 
     @cached_property
     def concepts_CD(self) -> torch.Tensor:
@@ -85,13 +89,17 @@ class ScoresWorker:
         """Sorted crop ids, their vectors float16 [n, D] and their levels; a whole image has the image's vector."""
         crops = self.job.patches.read_all("crops", columns=["crop_id", "level"])
         ids, levels = crops["crop_id"].to_numpy(), crops["level"].to_numpy()
-        embeddings = self.job.embeddings.read_all("embeddings")
         vectors = np.empty((len(ids), self.images_ND.shape[1]), np.float16)
         whole = ids % MAX_CROPS == 0
         vectors[whole] = self.images_ND[ids[whole] // MAX_CROPS]
-        if embeddings.num_rows:
-            assert np.array_equal(embeddings["crop_id"].to_numpy(), ids[~whole]), "embeddings do not match the crops"
-            vectors[~whole] = matrix(embeddings["embedding"])
+        cut, start = np.flatnonzero(~whole), 0
+        for part in range(self.job.images.num_shards):  # gigabytes in all: one part at a time
+            embeddings = self.job.embeddings.read("embeddings", part)
+            place = cut[start : start + len(embeddings)]
+            assert np.array_equal(embeddings["crop_id"].to_numpy(), ids[place]), "embeddings do not match the crops"
+            vectors[place] = matrix(embeddings["embedding"], vectors.shape[1])
+            start += len(embeddings)
+        assert start == len(cut), "embeddings do not match the crops"
         return ids, vectors, levels
 
     @cached_property
@@ -151,12 +159,10 @@ class ScoresWorker:
             layer = [i for i, b in enumerate(self.job.blocks) if b.layer == block.layer]
             marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
             after = self.scorer.after or (lambda _, scores_UC: scores_UC)
-            chunks = [self._kept(block, start, e, after(e, s - marginal)) for start, e, s in self._scored(part)]
-            negatives = self._negatives(part)
-        columns = {c: np.concatenate([chunk[c] for chunk in chunks]) for c in chunks[0]}
-        columns["meaning"] = pa.array(columns["meaning"], from_pandas=True)  # NaN becomes null
-        columns["negative"] = np.repeat(negatives, len(columns["unit"]) // len(block))
-        table = make_table("scores", columns)
+            chunks = [self._kept(evidence, after(evidence, s - marginal)) for evidence, s in self._scored(part)]
+            found = {c: torch.cat([chunk[c] for chunk in chunks]).cpu().numpy() for c in chunks[0]}
+            found["negative"] = np.repeat(self._negatives(part)[:, None], found["concept"].shape[1], 1)
+            table = self._table(block, found)
         with report.phase("write"):
             self.job.out.write(part, {"scores": table})
         report.rows = {"scores": table.num_rows}
@@ -180,37 +186,38 @@ class ScoresWorker:
 
     def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:
         """[C], log of the mean of exp(score) over all units of a layer, whatever its blocks."""
-        rows = torch.cat([scores.double() for part in parts for _, _, scores in self._scored(part)])
-        return log_mean_exp(rows.logsumexp(0), len(rows)).float()
+        total_C = torch.full((len(self.concepts_CD),), -torch.inf, dtype=torch.float64, device=self.device)
+        for part in parts:
+            for _, scores_UC in self._scored(part):
+                total_C = torch.logaddexp(total_C, scores_UC.double().logsumexp(0))
+        return log_mean_exp(total_C, sum(len(self.job.blocks[part]) for part in parts)).float()
 
-    def _scored(self, part: int):
-        """(first unit, Evidence, scores [U, C]) chunk by chunk; chunks are cut on the unit's number in its layer."""
-        block, params = self.job.blocks[part], self.job.settings.params
-        patches = self._patches(part)
-        exemplars = self.job.exemplars.read("exemplars", part, columns=["unit", "tail", "rank", "image"])
-        exemplars = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))
-        stats = self.job.exemplars.read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
+    def _scored(self, part: int) -> Iterator[tuple[Evidence, torch.Tensor]]:
+        """Evidence and scores [U, C], chunk by chunk."""
+        block, params, read = self.job.blocks[part], self.job.settings.params, self.job.exemplars.read
+        crop_UP = _by_rank(self._patches(part), "crop_id", block, self.job.num_patches)
+        exemplars = read("exemplars", part, columns=["unit", "rank", "image"], filters=[("tail", "==", "top")])
+        image_UK = _by_rank(exemplars, "image", block, self.job.k)
+        stats = read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
+        shift_UD = stats["sum_cubed"].to_numpy()[:, None] * self.mean_image_D
+        weighted_UD = matrix(stats["embedding_sum_cubed"]) - shift_UD
         pooled_US = read_block(self.job.activations, self.job.images, part)[:, self.in_sample]
-        for start in range(block.start, block.stop, CHUNK):
-            units = np.arange(start, min(start + CHUNK, block.stop))
-            rows = slice(start - block.start, start - block.start + len(units))
-            evidence = self._evidence(units, patches, exemplars, stats.slice(rows.start, len(units)), pooled_US[rows])
-            yield start, evidence, self.scorer.score(evidence, **params)
+        for start in range(0, len(block), CHUNK):
+            rows = slice(start, start + CHUNK)
+            evidence = self._evidence(crop_UP[rows], image_UK[rows], weighted_UD[rows], pooled_US[rows])
+            yield evidence, self.scorer.score(evidence, **params)
 
     def _patches(self, part: int) -> pa.Table:
         columns = ["unit", "tail", "rank", "crop_id"]
         shards = range(self.job.images.num_shards)
         found = pa.concat_tables([self.job.patches.read("patches", s, columns=columns, group=part) for s in shards])
-        return found.filter(pc.call_function("equal", [found["tail"], "top"]))
+        return found.filter(pc.field("tail") == "top")
 
     def _evidence(
-        self, units: np.ndarray, patches: pa.Table, exemplars: pa.Table, stats: pa.Table, pooled_US: np.ndarray
+        self, crop_UP: np.ndarray, image_UK: np.ndarray, weighted_UD: np.ndarray, pooled_US: np.ndarray
     ) -> Evidence:
         ids, vectors, levels = self.crops
-        crop_UP = _by_rank(patches, "crop_id", units, self.job.num_patches)
-        image_UK = _by_rank(exemplars, "image", units, self.job.k)
         place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
-        weighted = matrix(stats["embedding_sum_cubed"]) - stats["sum_cubed"].to_numpy()[:, None] * self.mean_image_D
 
         def device(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, dtype)
@@ -222,14 +229,15 @@ class ScoresWorker:
             levels_UP=device(np.where(crop_UP >= 0, levels[place_UP], 0), torch.int64),
             exemplars_UKD=device(self.images_ND[image_UK.clip(0)] * (image_UK >= 0)[:, :, None]),
             has_exemplar_UK=device(image_UK >= 0, torch.bool),
-            weighted_UD=device(weighted),
+            weighted_UD=device(weighted_UD),
             null_mean_LC=self.null[0],
             null_std_LC=self.null[1],
             sample=self.sample,
             activations_US=device(pooled_US),
         )
 
-    def _kept(self, block: Block, start: int, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, np.ndarray]:
+    def _kept(self, evidence: Evidence, scores_UC: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The kept concepts of a few units: columns [U, R] of the table, on the device."""
         keep = min(self.job.settings.keep, scores_UC.shape[1])
         best, index = scores_UC.topk(keep, dim=1)
         lead_UC = _above_median(weighted_mean(evidence))
@@ -237,26 +245,32 @@ class ScoresWorker:
         first_U1 = index[:, :1]
         adds = adding(evidence, first_U1, lead_UC, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
-        index[missing, -1], best[missing, -1] = adds[missing, 0], scores_UC[missing].gather(1, adds[missing])[:, 0]
+        added_U = scores_UC.gather(1, adds.clamp(min=0))[:, 0]
+        index[:, -1] = torch.where(missing, adds[:, 0], index[:, -1])
+        best[:, -1] = torch.where(missing, added_U, best[:, -1])
         shares_U2 = meaning_shares(evidence, first_U1, adds)
         other = torch.where((index == adds) & (shares_U2[:, 1:] > 0), shares_U2[:, 1:], torch.nan)
         meaning = torch.where(index == first_U1, shares_U2[:, :1], other)
-        units, null_z = np.arange(start, start + len(scores_UC)), evidence.null_z().gather(1, index)
-        chosen = index.cpu().numpy().reshape(-1)
-        columns = {
-            name: self.concepts[name].to_numpy(zero_copy_only=False)[chosen] for name in self.concepts.column_names
+        return {
+            "concept": index,
+            "score": best,
+            "lead": weight_UC.gather(1, index),
+            "null_z": evidence.null_z().gather(1, index),
+            "share": share(evidence, index),
+            "meaning": meaning,
+            "adds": index == adds,
         }
-        return columns | {
-            "layer": np.array([block.layer] * len(chosen)),
-            "unit": np.repeat(units, keep),
-            "rank": np.tile(np.arange(keep), len(units)),
-            "score": best.cpu().numpy().reshape(-1),
-            "lead": weight_UC.gather(1, index).cpu().numpy().reshape(-1),
-            "null_z": null_z.cpu().numpy().reshape(-1),
-            "share": share(evidence, index).cpu().numpy().reshape(-1),
-            "meaning": meaning.cpu().numpy().reshape(-1),
-            "adds": (index == adds).cpu().numpy().reshape(-1),
-        }
+
+    def _table(self, block: Block, found: dict[str, np.ndarray]) -> pa.Table:
+        """The scores table from its columns [U, R]; `concept` has rows of the vocabulary."""
+        units, keep = found["concept"].shape
+        columns: dict[str, Any] = {name: values.reshape(-1) for name, values in found.items()}
+        chosen = pa.array(columns["concept"])
+        columns |= {name: self.concepts[name].take(chosen).combine_chunks() for name in self.concepts.column_names}
+        columns["meaning"] = pa.array(columns["meaning"], from_pandas=True)  # NaN becomes null
+        columns |= {"unit": np.repeat(np.arange(block.start, block.stop), keep)}
+        columns |= {"layer": pa.repeat(block.layer, units * keep), "rank": np.tile(np.arange(keep), units)}
+        return make_table("scores", columns)
 
 
 def _above_median(values_UC: torch.Tensor) -> torch.Tensor:
@@ -278,12 +292,10 @@ def adding(
     return adds_U1.where(gain_U1 > ADDS * says_U1, -1)
 
 
-def _by_rank(table: pa.Table, column: str, units: np.ndarray, width: int) -> np.ndarray:
-    """int64 [units, width] of a column laid out by rank, -1 where a unit has fewer; `units` are consecutive."""
-    unit = table["unit"].to_numpy()
-    inside = (unit >= units[0]) & (unit <= units[-1])
-    laid = np.full((len(units), width), -1, np.int64)
-    laid[unit[inside] - units[0], table["rank"].to_numpy()[inside]] = table[column].to_numpy()[inside]
+def _by_rank(table: pa.Table, column: str, block: Block, width: int) -> np.ndarray:
+    """int64 [units, width] of a column of a block's table laid out by rank, -1 where a unit has fewer."""
+    laid = np.full((len(block), width), -1, np.int64)
+    laid[table["unit"].to_numpy() - block.start, table["rank"].to_numpy()] = table[column].to_numpy()
     return laid
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from tasks.correlation import bootstrap, correlations, paired, permutation_p, product, read_block, redrawn
+from tasks.correlation import bootstrap, followed, paired, permutation_p, product, read_block, redrawn
 from tasks.forward import worker_device
 from tasks.images import SPLITS, ImageList
 from tasks.layers import Block
@@ -128,12 +128,10 @@ class ValidationWorker:
 
     def _rivals(self, concepts_UR: np.ndarray, pooled_US: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each unit's other concepts the best on select, by the CLIP that made the names."""
-        images_ND, vectors_CD = self.made_by
-        select, used = self.of["select"], np.unique(concepts_UR)
-        similarity = product(images_ND[self.stored[select]], vectors_CD[used].T)
-        r_UC = correlations(pooled_US[:, select], similarity)
-        r_UR = np.take_along_axis(r_UC, np.searchsorted(used, concepts_UR), 1)
-        return best_rival(r_UR, vectors_CD[concepts_UR], len(select))
+        (images_ND, vectors_CD), select = self.made_by, self.of["select"]
+        vectors_URD = vectors_CD[concepts_UR]
+        r_UR = followed(pooled_US[:, select], images_ND[self.stored[select]], vectors_URD)
+        return best_rival(r_UR, vectors_URD, len(select))
 
     def _measured(self, names_U: np.ndarray, pooled_US: np.ndarray) -> dict[str, np.ndarray]:
         """What `measures` says of each unit and its name, by the CLIP that judges.

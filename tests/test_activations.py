@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tasks.exemplars import _best
 from tasks.forward import HookedTarget
 from tasks.layers import LayersSettings
 from tasks.moments import EDGES
@@ -130,6 +134,18 @@ def test_photos_equal_reference(tmp_path):
     layers = LayersSettings(["blocks.2.mlp.act", "blocks.11.mlp.act"])
     job, merged = samples.collect(tmp_path, images, target, layers, k=20, unit_block=500)
     check_against_reference(job, merged, images, 20)
+
+
+@given(st.dictionaries(st.integers(-(2**40), 2**40), st.integers(3, 9)), st.integers(1, 5))
+def test_best_candidates_are_the_first_of_all_sorted(candidates, k):
+    """Units in any order, of any number of candidates, some without."""
+    keys, units = (np.array(list(x), np.int64) for x in (candidates.keys(), candidates.values()))
+    rank, best = _best(units, torch.from_numpy(keys), k)
+    expected = []
+    for unit in sorted(set(units.tolist())):
+        own = sorted(np.flatnonzero(units == unit).tolist(), key=lambda i: -keys[i])[:k]
+        expected += list(enumerate(own))
+    assert list(zip(rank.tolist(), best.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

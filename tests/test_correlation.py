@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearson3
 
-from tasks.correlation import DRAWS, bootstrap, fisher, paired, permutation_p, product, redrawn, standardised
+from tasks.correlation import DRAWS, bootstrap, fisher, followed, paired, permutation_p, product, redrawn, standardised
 
 LEVELS = (0.1, 0.05, 0.01, 0.002)
 
@@ -53,6 +53,28 @@ def skewed(count: int = 300) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "sparse, right": (sparse, rng.gamma(1, size=count)),
         "heavy, left": (heavy, -rng.gamma(1.5, size=count)),
     }
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(4, 40), st.integers(0, 2**31))
+def test_followed_is_what_every_similarity_gives(count, seed):
+    """Of float16 vectors of norm 1; unit 2 is constant, and to one concept all images are equally similar."""
+    rng = np.random.default_rng(seed)
+    x, c = rng.normal(size=(count, 6)), rng.normal(size=(3, 4, 6))
+    x, c = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, c))
+    x[:, 5], c[1, 2] = 0.25, np.eye(6)[5]
+    x, c = x.astype(np.float16).astype(np.float32), c.astype(np.float16).astype(np.float32)
+    a = np.exp(rng.normal(size=(3, count))).astype(np.float32)
+    a[2] = 0.1
+    found = followed(a, x, c)
+    assert np.isnan(followed(a[:, :3], x[:3], c)).all()
+    for unit in range(3):
+        for concept in range(4):
+            if unit == 2 or (unit, concept) == (1, 2):
+                assert np.isnan(found[unit, concept])
+            else:
+                expected = np.corrcoef(a[unit], x.astype(float) @ c[unit, concept])[0, 1]
+                assert found[unit, concept] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", list(skewed()))

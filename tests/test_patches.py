@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from tasks.crops import MAX_CROPS, CropSettings, crop_grid, iou, snap, square
+from tasks.crops import MAX_CROPS, CropSettings, crop_grid, grids, iou, snap, square
+from tasks.images import covering
 from tasks.layers import LayersSettings
-from tasks.patches import PatchesJob, PatchesSettings, PatchesWorker, active_boxes
+from tasks.patches import HELD, RINGS, PatchesJob, PatchesSettings, PatchesWorker, active_boxes, connected
 from tasks.probing import ProbingSettings
 from tasks.store import Folder, StoreSettings
 from tasks.target import TargetSettings
 from tests import samples
+from tests.test_activations import CNN, dense
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,6 +36,28 @@ def test_active_boxes_equal_connected_components(seed, height, width):
         expected = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
         np.testing.assert_allclose(boxes[m], expected, atol=1e-6)
         assert fractions[m] == pytest.approx(above.mean(), abs=1e-6)
+
+
+def serpent(height, width):
+    """A line that goes to and fro through the whole map, with gaps between its turns."""
+    mask = np.zeros((height, width), bool)
+    mask[::2] = True
+    mask[1::4, -1] = mask[3::4, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 40), (15, 9), (31, 3), (24, 24)])
+def test_parts_that_need_many_rings(height, width):
+    """Whole after as many rings as the line is long; a point and an empty mask beside it are whole at once."""
+    point = np.zeros((height, width), bool)
+    point[0, 0] = True
+    masks = np.stack([serpent(height, width), point, point & False, serpent(height, width)])
+    masks[3, height // 2] = False  # cut in two: only the half with the seed
+    assert masks[0].sum() > 3 * RINGS
+    found = connected(torch.from_numpy(masks), torch.zeros(4, dtype=torch.int64)).numpy()
+    for mask, part in zip(masks, found, strict=True):
+        labels, _ = ndimage.label(mask, np.ones((3, 3)))
+        assert np.array_equal(part, mask & (labels == labels[0, 0]) & mask[0, 0])
 
 
 @settings(deadline=None, max_examples=200)
@@ -77,7 +101,38 @@ def test_snap_takes_the_best_square(seed):
     for n in range(30):
         grid, _ = crop_grid(*map(int, sizes_N2[n]), [0.5, 0.25])
         assert ids[n] // MAX_CROPS == images[n]
-        assert iou(boxes[n : n + 1], grid)[0, ids[n] % MAX_CROPS] == iou(boxes[n : n + 1], grid).max()
+        shares = [slow_iou(boxes[n], square) for square in grid]
+        assert ids[n] % MAX_CROPS == shares.index(max(shares))
+        np.testing.assert_array_equal(iou(boxes[n : n + 1], grid)[0], shares)
+
+
+def slow_iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(width, 0) * max(height, 0)
+    return inter / max((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter, 1e-9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200)), max_size=12),
+    st.sampled_from([[0.5, 0.25], [0.5], [], [1.0, 0.1]]),
+)
+def test_grids_of_many_images_are_those_of_each(shapes, sizes):
+    boxes, levels, shape = grids(np.array(shapes).reshape(-1, 2), sizes)
+    assert len(boxes) == len(set(shapes))
+    for own, (width, height) in zip(shape, shapes, strict=True):
+        grid, level = crop_grid(width, height, sizes)
+        assert np.array_equal(boxes[own, : len(grid)], grid)
+        assert np.array_equal(levels[own, : len(grid)], level)
+        assert not boxes[own, len(grid) :].any()
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 9))
+def test_batches_that_hold_a_span(start, length, size):
+    """Every number of the span lies in exactly one of them, and each holds one; whoever asks, the cuts are the same."""
+    starts = covering(start, start + length, size)
+    assert all(first % size == 0 for first in starts)
+    assert {i // size * size for i in range(start, start + length)} == set(starts)
 
 
 def test_square_grows_around_the_centre():
@@ -149,3 +204,84 @@ def test_patches_of_drawn_images(tmp_path):
             pixels = np.asarray(Image.open(folder / row["image_id"]).convert("RGB")).astype(int)
             inside = pixels[int(row["y0"]) : int(np.ceil(row["y1"])), int(row["x0"]) : int(np.ceil(row["x1"]))]
             assert inside[..., 0].mean() > inside[..., 1:].mean() + 40
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory):
+    """Collected activations and exemplars of a small CNN with units below zero, by shard size; the same 45 images."""
+    root, found = tmp_path_factory.mktemp("cnn"), {}
+    folder = samples.draw_folder(root / "photos", 45)
+    for size in (8, 24, 64):
+        probing = ProbingSettings(str(folder), explain=0.6, select=0.2, shard_size=size, batch_size=8, max_skipped=1)
+        images = samples.probe(root / str(size), probing)
+        found[size] = samples.collect(root / str(size), images, CNN, LayersSettings(["conv", "4", "logits"]), k=6)
+    return found
+
+
+def worker(job, merged, **how):
+    store = merged.out.settings
+    out = Folder(store, "patches", "x", ("patches", "crops"))
+    return PatchesWorker(PatchesJob(out, job.model, merged.out, job.blocks, PatchesSettings(**how)))
+
+
+def test_boxes_equal_a_slow_reference(cnn):
+    """Both tails of all layers, map by map from a pass over all images; and every exemplar of rank below k is there."""
+    job, merged = cnn[24]
+    worked, images = worker(job, merged, k=3, tails=["bottom", "top"]), job.model.images
+    reports = [worked.run(part) for part in range(images.num_shards)]
+    rows = worked.job.out.read_all("patches").to_pylist()
+    key = ("layer", "unit", "tail", "rank", "image", "image_id")
+    exemplars = [row for row in merged.out.read_all("exemplars").to_pylist() if row["rank"] < 3]
+    assert {tuple(row[c] for c in key) for row in rows} == {tuple(row[c] for c in key) for row in exemplars}
+    assert len(rows) == len(exemplars) == sum(report.rows["patches"] for report in reports)
+    assert {row["tail"] for row in rows} == {"top", "bottom"}
+    maps, _ = dense(job, images)
+    grid = {layer.name: layer.grid for layer in job.model.layers}
+    place = {(r["layer"], r["unit"], r["tail"], r["rank"]): r["position"] for r in exemplars}
+    limit = {(r["layer"], r["unit"]): r["position_quantile"] for r in merged.out.read_all("unit_stats").to_pylist()}
+    for row in rows:
+        width, height = (int(images.column(c)[row["image"]]) for c in ("width", "height"))
+        seed = place[row["layer"], row["unit"], row["tail"], row["rank"]]
+        box, share = np.array([0.0, 0, 1, 1]), 1.0
+        if row["layer"] != "7":
+            values = maps[row["layer"]][row["image"], row["unit"]].reshape(grid[row["layer"]])
+            quantile = limit[row["layer"], row["unit"]] if row["tail"] == "top" else -np.inf
+            box, share = slow_box(values if row["tail"] == "top" else -values, seed, quantile)
+            box = worked.target.preprocess.to_image(box[None], np.array([width]), np.array([height]))[0]
+        else:
+            box = np.array([0, 0, width, height])
+            assert row["crop_id"] == row["image"] * MAX_CROPS
+        np.testing.assert_allclose([row[c] for c in ("x0", "y0", "x1", "y1")], box, rtol=1e-5)
+        assert row["active_fraction"] == pytest.approx(share, abs=1e-6)
+
+
+def slow_box(values, seed, quantile):
+    peak = values.reshape(-1)[seed]
+    above = values >= min(max(quantile, 0.5 * peak), peak)
+    labels, _ = ndimage.label(above, np.ones((3, 3)))
+    rows, columns = np.nonzero(labels == labels.reshape(-1)[seed])
+    height, width = values.shape
+    edges = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
+    return np.array(edges), above.mean()
+
+
+@pytest.mark.parametrize("held", [1, HELD])
+def test_the_model_runs_on_exemplar_images_alone_in_full_batches(cnn, monkeypatch, held):
+    """However the images are cut into shards the tables say the same, to the last bit, and no batch runs twice but
+    those that two shards share; nor does it matter how many maps wait for their boxes."""
+    monkeypatch.setattr("tasks.patches.HELD", held)
+    tables = []
+    for size, (job, merged) in cnn.items():
+        worked, calls = worker(job, merged, k=2), []
+        handle = worked.target.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for part in range(job.model.images.num_shards):
+            worked.run(part)
+        handle.remove()
+        rows = worked.job.out.read_all("patches").to_pylist()
+        mapped = {row["image"] for row in rows if row["layer"] != "7"}
+        full = -(-len(mapped) // 8)
+        assert full <= len(calls) <= full + job.model.images.num_shards - 1
+        assert full < len(range(0, len(job.model.images), 8))
+        tables.append(sorted(rows, key=lambda row: (row["layer"], row["unit"], row["rank"])))
+        assert [row["image"] // size for row in rows] == sorted(row["image"] // size for row in rows)
+    assert tables[0] == tables[1] == tables[2]

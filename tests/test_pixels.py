@@ -20,7 +20,9 @@ from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from tasks.pixels import MAX_ASPECT, MAX_PIXELS, BadImage, Preprocess, decode
+from tasks.crops import crop_grid
+from tasks.pixels import FILTERS, MAX_ASPECT, MAX_PIXELS, BadImage, Preprocess, decode
+from tests import samples
 
 REASONS = {"empty", "not_an_image", "truncated", "too_large", "too_narrow", "float_pixels"}
 WHITE = (255, 255, 255)
@@ -502,6 +504,39 @@ def test_boxes_of_many_images_at_once_are_those_of_each():
         assert (together[:, ::2] <= widths[:, None]).all()
         assert (together[:, 1::2] <= heights[:, None]).all()
         assert (together[:, 2:] >= together[:, :2]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    size=st.tuples(st.integers(14, 70), st.integers(14, 70)),
+    resize=st.sampled_from(["cover", "contain", "squash"]),
+    interpolation=st.sampled_from(list(FILTERS)),
+    seed=st.integers(0, 2**31),
+)
+def test_crops_cut_by_torch_have_the_pixels_of_pillow(shape, size, resize, interpolation, seed):
+    """To the bit, larger and smaller than the model's input, with hard edges between black and white."""
+    rng = np.random.default_rng(seed)
+    photo = rng.choice(np.array([0, 255, 7, 128, 250], np.uint8), (*shape, 3))
+    low = rng.integers(0, shape[::-1], (4, 2))
+    boxes = np.concatenate([low, rng.integers(low + 1, np.array(shape[::-1]) + 1)], 1)
+    check_cut(Preprocess(size, size, resize, interpolation), Image.fromarray(photo), boxes[[0, 1, 2, 3, 1]])
+
+
+def check_cut(preprocess, image, boxes):
+    expected = np.stack([preprocess.pixels(image.crop(box)) for box in boxes.tolist()])
+    found = preprocess.cut(torch.from_numpy(np.array(image)), boxes)
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found.numpy(), expected)
+
+
+@pytest.mark.skipif(not samples.DATA.exists(), reason=samples.NO_DATA)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crops_of_photos_cut_by_torch(interpolation):
+    for path in sorted((samples.DATA / "imagenet_1k_samples" / "images").iterdir())[:40:4]:
+        image = decode(path.read_bytes())
+        boxes, _ = crop_grid(*image.size, [0.5, 0.25])
+        check_cut(Preprocess((224, 224), (224, 224), "cover", interpolation), image, boxes[::9])
 
 
 def test_no_boxes():
