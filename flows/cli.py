@@ -15,6 +15,7 @@ FLOWS = {
     "status": ("stage by stage, part by part, read from the store", "axonym status run=first"),
     "world": ("make the drawn world's models from nothing", "axonym world out=my_world seed=1"),
     "benchmark": ("every scorer judged by what is known", "axonym benchmark experiment=world scorers=auc,correlation"),
+    "bench": ("how fast it is beside the bare models, on this machine", "axonym bench what=collection,embedding"),
     "show": ("one neuron in the terminal", "axonym show run=first layer=layer4.2 unit=17"),
 }
 

@@ -5,6 +5,7 @@ every forward pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,10 @@ class TargetPass:
     """Torch threads on a CPU."""
 
 
+class _AllSeen(Exception):
+    """Leaves the model when the last of its layers has run: what comes after nobody asked for."""
+
+
 class HookedTarget:
     """The target model on the worker's device, with its chosen layers."""
 
@@ -53,7 +58,8 @@ class HookedTarget:
         on_layer: Callable[[Layer, Any], None],
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
-        """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
+        """One forward pass per batch of image numbers, up to the last layer: `on_layer` per layer as it runs, then
+        `after_batch`."""
         self._run(self.inputs(batches), on_layer, after_batch)
 
     def inputs(self, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -63,7 +69,7 @@ class HookedTarget:
             yield batch, self._input(pixels)
 
     def _input(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.preprocess.normalise(pixels.to(self.device)).to(self.dtype)
+        return self.preprocess.normalise(pixels.to(self.device, non_blocking=True)).to(self.dtype)
 
     def run_arrays(self, arrays_NHWC: np.ndarray, on_layer: Callable[[Layer, Any], None]) -> None:
         """The same over uint8 arrays that are in no list, in whole batches: black images fill the last one up."""
@@ -78,9 +84,19 @@ class HookedTarget:
         on_layer: Callable[[Layer, Any], None],
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
-        with hooked(self.model, list(self.layers), lambda name, output: on_layer(self.layers[name], output)):
+        ahead: set[str] = set()
+
+        def on_output(name: str, output: Any) -> None:
+            on_layer(self.layers[name], output)
+            ahead.discard(name)
+            if not ahead:
+                raise _AllSeen
+
+        with hooked(self.model, list(self.layers), on_output):
             for batch, x in batches:
-                self.model(x)
+                ahead.update(self.layers)
+                with suppress(_AllSeen):
+                    self.model(x)
                 after_batch(batch)
 
     def _padded(self, arrays_NHWC: np.ndarray) -> torch.Tensor:

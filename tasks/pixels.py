@@ -7,6 +7,7 @@ pixels.
 import io
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -137,8 +138,7 @@ class Preprocess:
     def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] as the model was trained on."""
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float().div_(255)
-        mean = torch.tensor(self.mean, device=x_BCHW.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=x_BCHW.device).view(1, 3, 1, 1)
+        mean, std = (_channels(tuple(values), x_BCHW.device) for values in (self.mean, self.std))
         return x_BCHW.sub_(mean).div_(std).contiguous()
 
     def to_image(self, boxes_N4: np.ndarray, widths_N: np.ndarray, heights_N: np.ndarray) -> np.ndarray:
@@ -151,3 +151,9 @@ class Preprocess:
         pixels = boxes_N4.reshape(-1, 2, 2) * np.array([self.size[1], self.size[0]])
         pixels = (pixels + offset[:, None]) * scale[:, None]
         return pixels.clip(0, np.stack([widths_N, heights_N], 1)[:, None]).reshape(-1, 4)
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float32 [1, C, 1, 1], copied once: a copy to a GPU waits for all that runs there."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
