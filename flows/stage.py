@@ -8,7 +8,6 @@ import gc
 import importlib
 import logging
 import os
-import resource
 import sys
 import time
 from collections import Counter, deque
@@ -20,7 +19,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from tasks.store import Folder, PartReport
+from tasks.store import Folder, PartReport, peak_mib
 
 log = logging.getLogger("axonym")
 
@@ -109,7 +108,7 @@ class Host:
                 module, _, name = self.path.partition(":")
                 self.worker = getattr(importlib.import_module(module), name)(self.job)
             report = self.worker.run(part)
-            report.peak_mib = _peak_mib()
+            report.peak_mib = peak_mib()
             out = self.job.out
             out.store.put_json(f"{out.name}/reports/part-{part:05d}.json", asdict(report))
             return report
@@ -124,14 +123,6 @@ def environment() -> None:
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _peak_mib() -> int:
-    """Peak of the resident memory since the stage began; since the process began where Linux does not tell."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def run_stage(work: Work, cluster: ClusterSettings) -> bool:

@@ -8,8 +8,9 @@ Shapes: B images of a batch, G of a group of batches, U units of a layer, P posi
 K candidates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,32 @@ class ActivationsJob:
     settings: ActivationsSettings
 
 
+class Extreme:
+    """The largest value of every map (sign 1), or the smallest (-1), and its place where it is asked for."""
+
+    def __init__(self, maps_BUP: torch.Tensor, grid: tuple[int, int], sign: int) -> None:
+        self.best, self.first = (torch.amax, torch.argmax) if sign > 0 else (torch.amin, torch.argmin)
+        if maps_BUP.is_cuda:  # finds both in one pass, and asking which images need a place would make us wait for it
+            values_BU, self.places_BU = maps_BUP.max(2) if sign > 0 else maps_BUP.min(2)
+        else:  # finds values much faster than places; row by row, for a place is then in one row, and that one of a few
+            units_lie_apart = maps_BUP.stride(1) != 1
+            self.maps_BUHW = maps_BUP.unflatten(2, (1, maps_BUP.shape[2]) if units_lie_apart else grid)
+            self.rows_BUH = self.best(self.maps_BUHW, 3)
+            values_BU = self.best(self.rows_BUH, 2)
+        self.values_BU = values_BU.float()
+
+    def places(self, wanted_BU: torch.Tensor) -> torch.Tensor:
+        """int32 [B, U], flat position of the first such value; -1 where a CPU need not look for it."""
+        if wanted_BU.is_cuda:
+            return self.places_BU.int()
+        image, unit = wanted_BU.nonzero(as_tuple=True)
+        row = self.first(self.rows_BUH[image, unit], 1)
+        column = self.first(self.maps_BUHW[image, unit, row], 1)
+        places_BU = torch.full(wanted_BU.shape, -1, dtype=torch.int32)
+        places_BU[image, unit] = (row * self.maps_BUHW.shape[3] + column).int()
+        return places_BU
+
+
 class LayerState:
     """What is known of one layer's units [start, stop) after the batches seen so far."""
 
@@ -64,46 +91,41 @@ class LayerState:
         self.pooled: list[torch.Tensor] = []
         self.negative: list[torch.Tensor] = []
 
-    def see(self, output: Any, batch: "Batch") -> None:
+    def see(self, output: Any, batch: "Images") -> None:
         """Reduce the layer's output on one batch, before the model goes on."""
         maps_BUP = self.layer.maps(output, self.chosen)
-        peak_BU, trough_BU = maps_BUP.amax(2).float(), maps_BUP.amin(2).float()
+        peak, trough = (Extreme(maps_BUP, self.layer.grid, sign) for sign in (1, -1))
         prefix = self.layer.prefix_maps(output, self.chosen)
         if prefix is not None:
             self._extreme(self.prefix_maximum, prefix.amax(2).float(), batch, torch.maximum, -np.inf)
-        self._extreme(self.low, trough_BU, batch, torch.minimum, np.inf)
-        values_BU, low_BU = peak_BU, trough_BU
+        self._extreme(self.low, trough.values_BU, batch, torch.minimum, np.inf)
+        values_BU, low_BU = peak.values_BU, trough.values_BU
         if self.pool != "max":
             values_BU = low_BU = self.layer.pooled(output, self.pool, self.chosen)
-        self._rank(self.top, values_BU, maps_BUP, batch.explain[:, None] & values_BU.isfinite(), batch)
-        below = batch.explain[:, None] & low_BU.isfinite() & (low_BU < 0)
-        if below.is_cuda or below.any():
-            self._rank(self.bottom, -low_BU, -maps_BUP, below, batch)
+        self._rank(self.top, values_BU, peak, batch.explain[:, None] & values_BU.isfinite(), batch)
+        below_BU = batch.explain[:, None] & low_BU.isfinite() & (low_BU < 0)
+        if below_BU.is_cuda or below_BU.any():
+            self._rank(self.bottom, -low_BU, trough, below_BU, batch)
         self.group.append((values_BU, low_BU))
         if len(batch.sampled):
-            maps = maps_BUP[batch.sampled].float()
-            count_bins(self.position_histogram, maps, torch.ones(maps.shape[:2], dtype=torch.bool, device=maps.device))
+            x, back = (maps_BUP, False) if maps_BUP.stride(1) != 1 else (maps_BUP.transpose(1, 2), True)
+            chosen = x[batch.sampled].float()  # copied as it lies
+            count_bins(self.position_histogram, chosen.transpose(1, 2) if back else chosen)
 
     def _extreme(
-        self, running: torch.Tensor, values_BU: torch.Tensor, batch: "Batch", pick: Any, neutral: float
+        self, running: torch.Tensor, values_BU: torch.Tensor, batch: "Images", pick: Any, neutral: float
     ) -> None:
         keep = batch.valid[:, None] & values_BU.isfinite()
         reduced = torch.where(keep, values_BU, neutral)
         running.copy_(pick(running, reduced.amax(0) if neutral < 0 else reduced.amin(0)))
 
     def _rank(
-        self, tail: TopK, values_BU: torch.Tensor, maps_BUP: torch.Tensor, keep_BU: torch.Tensor, batch: "Batch"
+        self, tail: TopK, values_BU: torch.Tensor, extreme: Extreme, keep_BU: torch.Tensor, batch: "Images"
     ) -> None:
-        keys = torch.where(keep_BU, order_keys(values_BU, batch.order[:, None]), EMPTY)
-        if keys.is_cuda:
-            positions = maps_BUP.argmax(2).int()
-        else:  # a CPU finds a maximum much faster than its place: look only where the image becomes a candidate
-            positions = torch.full_like(keys, -1, dtype=torch.int32)
-            image, unit = tail.enters(keys).nonzero(as_tuple=True)
-            positions[image, unit] = maps_BUP[image, unit].argmax(1).int()
-        tail.add(keys, positions)
+        keys_BU = torch.where(keep_BU, order_keys(values_BU, batch.order[:, None]), EMPTY)
+        tail.add(keys_BU, extreme.places(tail.enters(keys_BU)))
 
-    def fold(self, group: "Group") -> None:
+    def fold(self, group: "Images") -> None:
         """Fold the waiting batches into the running statistics."""
         values_GU, low_GU = (torch.cat(batches) for batches in zip(*self.group, strict=True))
         self.group = []
@@ -117,30 +139,27 @@ class LayerState:
             self.sums_2U[power] += x_GU.double().sum(0)
             self.embedding_sums_2UD[power] += (x_GU.T @ group.embeddings).double()
         self.explain_count += keep.sum(0)
-        self.pooled.append(torch.where(finite, values_GU, 0)[group.stored].cpu())
+        self.pooled.append(torch.where(finite, values_GU, 0)[group.stored].to("cpu", non_blocking=True))
         below = finite & low_GU.isfinite() & (low_GU < 0)
-        negative = torch.where(below, -low_GU, 0)[group.stored].cpu()
-        self.negative.append(negative if negative.any() else torch.zeros(1, 1).expand_as(negative))  # takes no memory
+        negative = torch.where(below, -low_GU, 0)[group.stored]
+        if not negative.is_cuda and not negative.any():  # takes no memory; to ask a GPU would make us wait
+            negative = torch.zeros(1, 1).expand_as(negative)
+        self.negative.append(negative.to("cpu", non_blocking=True))
 
 
 @dataclass
-class Batch:
-    """Masks of one batch on the device; `sampled` holds slots whose positions enter the histogram."""
+class Images:
+    """What is known of the images of a shard, or of consecutive batches of it, on the device; rows are slots."""
 
     valid: torch.Tensor
     explain: torch.Tensor
     order: torch.Tensor
-    sampled: torch.Tensor
-
-
-@dataclass
-class Group:
-    """The same for the images of a group of batches, with their image embeddings [G, D] (zero outside explain)."""
-
-    valid: torch.Tensor
-    explain: torch.Tensor
-    stored: torch.Tensor
     embeddings: torch.Tensor
+    """[slots, D], zero outside explain."""
+    stored: torch.Tensor
+    """int64, slots whose pooled activations are kept."""
+    sampled: torch.Tensor
+    """int64, slots whose positions enter the histogram."""
 
 
 class ActivationsWorker:
@@ -154,13 +173,12 @@ class ActivationsWorker:
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
         with report.phase("read"):
-            first = self.images.shard(part).start
             embeddings_ND = matrix(self.job.image_embeddings.read("image_embeddings", part)["embedding"]).astype(
                 np.float32
             )
         with report.phase("compute"):
             states = {x.name: self._states(x, embeddings_ND.shape[1]) for x in self.job.model.layers}
-            self._pass(part, states, embeddings_ND, first)
+            self._pass(part, states, embeddings_ND)
         with report.phase("write"):
             tables, groups = self._tables(states)
             self.job.out.write(part, tables, groups)
@@ -177,50 +195,45 @@ class ActivationsWorker:
         k, pool = self.job.settings.k, self.job.pool
         return [LayerState(layer, units, k, width, pool, self.device) for units in chosen]
 
-    def _pass(self, part: int, states: dict[str, list[LayerState]], embeddings_ND: np.ndarray, first: int) -> None:
-        batches = self.images.shard_batches(part)
-        masks = {int(numbers[0]): self._batch(numbers) for numbers in batches}
-        group: list[np.ndarray] = []
-        current = iter(masks.values())
-        batch = next(current)
+    def _pass(self, part: int, states: dict[str, list[LayerState]], embeddings_ND: np.ndarray) -> None:
+        batches, size = self.images.shard_batches(part), self.images.batch_size
+        cut = self._images(part, embeddings_ND, len(batches) * size)
+        seen = [cut(i * size, (i + 1) * size) for i in range(len(batches))]
+        full = [i + 1 for i, numbers in enumerate(batches) if (numbers[0] // size + 1) % GROUP == 0]
+        groups = {j: cut(i * size, j * size) for i, j in pairwise(sorted({0, *full, len(batches)}))}
+        done = 0
 
         def on_layer(layer: Layer, output: Any) -> None:
             for state in states[layer.name]:
-                state.see(output, batch)
+                state.see(output, seen[done])
 
-        def after_batch(numbers: np.ndarray) -> None:
-            nonlocal batch
-            group.append(numbers)
-            last = numbers[0] == batches[-1][0]
-            if last or (numbers[0] // self.images.batch_size + 1) % GROUP == 0:
-                folded = self._group(group, embeddings_ND, first)
+        def after_batch(_numbers: np.ndarray) -> None:
+            nonlocal done
+            done += 1
+            if done in groups:
                 for state in chain.from_iterable(states.values()):
-                    state.fold(folded)
-                group.clear()
-            batch = batch if last else next(current)
+                    state.fold(groups[done])
 
         self.target.run(batches, on_layer, after_batch)
+        if self.device.type == "cuda":  # once a shard: all that was copied on the way has come
+            torch.cuda.synchronize(self.device)
 
-    def _padded(self, values: np.ndarray, numbers: np.ndarray, fill: Any) -> torch.Tensor:
-        padded = np.full(self.images.batch_size, fill, dtype=values.dtype)
-        padded[: len(numbers)] = values[numbers]
-        return torch.from_numpy(padded).to(self.device)
+    def _images(self, part: int, embeddings_ND: np.ndarray, slots: int) -> Callable[[int, int], Images]:
+        """Cuts slots [start, stop) of the shard out of what lies on the device, to which all is copied at once."""
+        images, numbers = self.images, np.array(self.images.shard(part))
+        explain = images.explain[numbers]
+        columns = (images.ok[numbers], explain, images.order[numbers], embeddings_ND * explain[:, None])
+        whole = [torch.from_numpy(_padded(values, slots)).to(self.device) for values in columns]
+        chosen = [np.flatnonzero(mask[numbers]) for mask in (images.stored, images.sampled)]
+        copies = [torch.from_numpy(places).to(self.device) for places in chosen]
 
-    def _batch(self, numbers: np.ndarray) -> Batch:
-        images = self.images
-        sampled = torch.from_numpy(np.flatnonzero(images.sampled[numbers])).to(self.device)
-        explain = self._padded(images.explain, numbers, False)
-        return Batch(self._padded(images.ok, numbers, False), explain, self._padded(images.order, numbers, 0), sampled)
+        def cut(start: int, stop: int) -> Images:
+            inside = (slice(*np.searchsorted(places, (start, stop))) for places in chosen)
+            return Images(
+                *(values[start:stop] for values in whole), *(p[i] - start for p, i in zip(copies, inside, strict=True))
+            )
 
-    def _group(self, batches: list[np.ndarray], embeddings_ND: np.ndarray, first: int) -> Group:
-        images, size = self.images, self.images.batch_size
-        embeddings = np.zeros((len(batches) * size, embeddings_ND.shape[1]), np.float32)
-        for slot, numbers in enumerate(batches):
-            known = embeddings_ND[numbers - first] * images.explain[numbers][:, None]
-            embeddings[slot * size : slot * size + len(numbers)] = known
-        columns = (images.ok, images.explain, images.stored)
-        valid, explain, stored = (torch.cat([self._padded(c, n, False) for n in batches]) for c in columns)
-        return Group(valid, explain, stored, torch.from_numpy(embeddings).to(self.device))
+        return cut
 
     def _tables(self, states: dict[str, list[LayerState]]) -> tuple[dict[str, pa.Table], dict[str, list[int]]]:
         by_rank = np.argsort(self.images.order)
@@ -234,6 +247,11 @@ class ActivationsWorker:
         tables = {"candidates": candidates, "stats": stats, "pooled": pooled}
         groups = {name: [t.num_rows for t in found] for name, found in tables.items()}
         return {name: pa.concat_tables(found) for name, found in tables.items()}, groups
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    """With zeros, or False, behind."""
+    return np.concatenate([values, np.zeros((length - len(values), *values.shape[1:]), values.dtype)])
 
 
 def _candidates(state: LayerState, block: Block, units: slice, by_rank: np.ndarray) -> pa.Table:

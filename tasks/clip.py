@@ -45,6 +45,10 @@ class ClipSettings:
         """Name for people: of a folder only the last part."""
         return self.name.rstrip("/").rsplit("/", 1)[-1]
 
+    def load(self) -> "LoadedClip":
+        """As load_clip_model; axonym bench has a tower of its own."""
+        return load_clip_model(self, self.key)
+
 
 class JudgeSettings(ClipSettings):
     """A second CLIP, which judges the names that the first one made."""
@@ -148,7 +152,7 @@ class Clip:
     """CLIP on the worker's device; vectors come back as float16 of norm 1."""
 
     def __init__(self, settings: ClipSettings, device: torch.device, batch_size: int) -> None:
-        loaded = load_clip_model(settings, settings.key)
+        loaded = settings.load()
         self.settings, self.device, self.batch_size = settings, device, batch_size
         self.model = loaded.model.to(device)
         self.preprocess, self.tokenizer = loaded.preprocess, loaded.tokenizer

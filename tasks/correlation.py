@@ -6,7 +6,6 @@ and how sure it is that one similarity follows a unit better than another.
 
 import numpy as np
 import torch
-from scipy.stats import norm, pearson3
 
 from tasks.images import ImageList
 from tasks.store import Folder
@@ -68,6 +67,8 @@ def product(a_NK: np.ndarray, b_KM: np.ndarray) -> np.ndarray:
 
 def fisher(r: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """95 % interval and one-sided p of no positive correlation: atanh(r) is normal, deviation 1 / sqrt(count - 3)."""
+    from scipy.stats import norm  # here, so that what only reads activations needs no scipy
+
     if count < 4:
         unknown = np.full(len(r), np.nan)
         return unknown, unknown, unknown
@@ -103,6 +104,8 @@ def permutation_p(a_UN: np.ndarray, s_UN: np.ndarray) -> np.ndarray:
     Permutation Methods, 2007; Winkler et al., NeuroImage 141, 2016). NaN where a row is constant or N < 4; 0 beyond the
     end that the distribution has where the skewness is negative.
     """
+    from scipy.stats import pearson3
+
     count = a_UN.shape[1]
     if count < 4:
         return np.full(len(a_UN), np.nan)

@@ -5,6 +5,7 @@ every forward pass; where the layer's units are heads or latents, with what its 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,10 @@ class TargetPass:
     """Torch threads on a CPU."""
 
 
+class _AllSeen(Exception):
+    """Leaves the model when the last of its layers has run: what comes after nobody asked for."""
+
+
 class HookedTarget:
     """The target model on the worker's device, with its chosen layers."""
 
@@ -55,7 +60,8 @@ class HookedTarget:
         on_layer: Callable[[Layer, Any], None],
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
-        """One forward pass per batch of image numbers: `on_layer` per layer as it runs, then `after_batch`."""
+        """One forward pass per batch of image numbers, up to the last layer: `on_layer` per layer as it runs, then
+        `after_batch`."""
         self._run(self.inputs(batches), on_layer, after_batch)
 
     def inputs(self, batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -65,7 +71,7 @@ class HookedTarget:
             yield batch, self._input(pixels)
 
     def _input(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.preprocess.normalise(pixels.to(self.device)).to(self.dtype)
+        return self.preprocess.normalise(pixels.to(self.device, non_blocking=True)).to(self.dtype)
 
     def run_arrays(self, arrays_NHWC: np.ndarray, on_layer: Callable[[Layer, Any], None]) -> None:
         """The same over uint8 arrays that are in no list, in whole batches: black images fill the last one up."""
@@ -80,16 +86,21 @@ class HookedTarget:
         on_layer: Callable[[Layer, Any], None],
         after_batch: Callable[[np.ndarray], None],
     ) -> None:
-        layers = by_module(self.layers)
+        layers, ahead = by_module(self.layers), set[str]()
 
         def on_output(name: str, output: Any) -> None:
             for layer in layers[name]:
                 reader = self.readers.get(layer.name)
                 on_layer(layer, reader.read(first_tensor(output)) if reader else output)
+            ahead.discard(name)
+            if not ahead:
+                raise _AllSeen
 
         with hooked(self.model, list(layers), on_output):
             for batch, x in batches:
-                self.model(x)
+                ahead.update(layers)
+                with suppress(_AllSeen):
+                    self.model(x)
                 after_batch(batch)
 
     def _padded(self, arrays_NHWC: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,7 @@
 In: the images table (or the listing). Out: an ImageList, the bytes of single images, batches of model input.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -197,10 +198,10 @@ class ImageList:
         numbers = [int(i) for group in groups for i in group if self.ok[i]]
         pixels = prefetch(lambda i: preprocess.pixels(self.open(i, reader)), numbers, 2 * self.batch_size)
         for group in groups:
-            batch = np.zeros((self.batch_size, *preprocess.size, 3), np.uint8)
+            batch = torch.zeros(self.batch_size, *preprocess.size, 3, dtype=torch.uint8, pin_memory=beside_gpu())
             for slot in np.flatnonzero(self.ok[group]):
-                batch[slot] = next(pixels)
-            yield torch.from_numpy(batch)
+                batch.numpy()[slot] = next(pixels)
+            yield batch
 
     def shard_batches(self, part: int) -> list[np.ndarray]:
         """Image numbers of the shard's batches, cut on the global number."""
@@ -213,9 +214,19 @@ def covering(start: int, stop: int, size: int) -> range:
     return range(start // size * size, stop, size) if start < stop else range(0)
 
 
-def prefetch(load: Callable[[int], Any], numbers: list[int], ahead: int, threads: int = 2) -> Iterator[Any]:
+def beside_gpu() -> bool:
+    """Whether batches go to a GPU: then they lie in pinned memory, from which they are copied while it computes."""
+    return torch.cuda.is_available()
+
+
+def decoders() -> int:
+    """Threads that decode: two beside a CPU that computes, as many as it has beside a GPU, which nothing else feeds."""
+    return min(os.cpu_count() or 2, 32) if beside_gpu() else 2
+
+
+def prefetch(load: Callable[[int], Any], numbers: list[int], ahead: int) -> Iterator[Any]:
     """load(number) for every number, in order, computed in threads up to `ahead` results before they are asked for."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(decoders()) as pool:
         waiting: deque[Future] = deque()
         for number in numbers:
             waiting.append(pool.submit(load, number))

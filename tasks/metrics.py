@@ -8,7 +8,6 @@ unit's positives are the truth that a name has to find, the name's positives wha
 """
 
 import numpy as np
-from scipy.stats import rankdata
 
 POSITIVE = 0.95
 """Quantile of the sample above which a value is positive."""
@@ -31,6 +30,8 @@ def auc(score_UN: np.ndarray, positive_UN: np.ndarray) -> np.ndarray:
     (sum of the positives' ranks - P (P + 1) / 2) / (P (N - P)), ranks shared by ties. NaN without positives or others;
     0.5 for constant scores.
     """
+    from scipy.stats import rankdata
+
     found = positive_UN.sum(1)
     ranks = (rankdata(score_UN, axis=1) * positive_UN).sum(1)
     return _ratio(ranks - found * (found + 1) / 2, found * (positive_UN.shape[1] - found))
@@ -42,6 +43,8 @@ def auprc(score_UN: np.ndarray, positive_UN: np.ndarray) -> np.ndarray:
     The area under the steps of precision and recall, as in Oikarinen, Yan and Weng (ICML 2025). Images of one score
     come together, whatever their order: constant scores give the share of positives. NaN without positives or others.
     """
+    from scipy.stats import rankdata
+
     found, count = positive_UN.sum(1), positive_UN.shape[1]
     above_UN = rankdata(-score_UN, method="max", axis=1).astype(np.int64)  # images that score at least as high
     hits_UN = np.take_along_axis(positive_UN, np.argsort(-score_UN, axis=1), 1).cumsum(1)  # among the best 1, 2, ...

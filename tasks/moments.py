@@ -4,6 +4,8 @@ In: activations of batches, tensors [batch, units]. Out: states whose merge over
 how the images were cut.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
@@ -95,23 +97,39 @@ class Moments:
         self.nonfinite += (valid_B[:, None] & ~finite_BU).sum(0)
         self.minimum = torch.minimum(self.minimum, torch.where(finite_BU, x, np.inf).amin(0))
         self.maximum = torch.maximum(self.maximum, torch.where(finite_BU, x, -np.inf).amax(0))
-        count_bins(self.histogram, values_BU[:, :, None], finite_BU)
+        count_bins(self.histogram, torch.where(finite_BU, values_BU, np.nan)[:, :, None])
 
 
-def count_bins(histogram_UN: torch.Tensor, maps_BUP: torch.Tensor, keep_BU: torch.Tensor) -> None:
-    """Add the float32 values of the kept (image, unit) maps to the histograms over EDGES, in place."""
-    units = torch.arange(len(histogram_UN), device=histogram_UN.device) * BINS
-    bins = bin_of(maps_BUP).long() + units[None, :, None]
-    bins = torch.where(keep_BU[:, :, None] & maps_BUP.isfinite(), bins, histogram_UN.numel())
-    counts = torch.bincount(bins.reshape(-1), minlength=histogram_UN.numel() + 1)[:-1]
-    histogram_UN += counts.view_as(histogram_UN)
+def count_bins(histogram_UN: torch.Tensor, maps_BUP: torch.Tensor) -> None:
+    """Add the float32 values of all maps to the histograms over EDGES, in place; what is not finite counts nowhere."""
+    units = torch.arange(len(histogram_UN), dtype=torch.int32, device=histogram_UN.device) * (BINS + 1)
+    if maps_BUP.stride(1) == 1:  # in the order in which they lie
+        values, units = maps_BUP.transpose(1, 2), units[None, None, :]
+    else:
+        values, units = maps_BUP, units[None, :, None]
+    bins = bin_of(values).add_(units).reshape(-1)
+    if bins.is_cuda:  # where bincount would wait for the largest of them
+        counts = torch.zeros(len(histogram_UN) * (BINS + 1), dtype=torch.int64, device=bins.device)
+        counts.scatter_add_(0, bins.long(), torch.ones_like(counts[:1]).expand(len(bins)))
+    else:
+        counts = bins.bincount(minlength=len(histogram_UN) * (BINS + 1))
+    histogram_UN += counts.view(len(histogram_UN), BINS + 1)[:, :BINS]
 
 
 def bin_of(values: torch.Tensor) -> torch.Tensor:
-    """Index of the bin of EDGES of each float32 value, from its exponent and first two bits of its mantissa."""
-    magnitude = (values.abs().view(torch.int32) >> 21) - ((127 + LOW_EXPONENT) << 2)
-    step = (magnitude + 1).clamp(0, STEPS + 1)
-    return torch.where(values < 0, STEPS + 1 - step, STEPS + 2 + step)
+    """int32 index of the bin of EDGES of each float32 value, BINS where it is not finite."""
+    codes = (values + 0.0).contiguous().view(torch.int32)  # adding 0.0 makes -0.0 and 0.0 equal
+    codes = codes.bitwise_right_shift_(21).bitwise_and_(0x7FF)
+    return _bin_of_code(values.device).index_select(0, codes.view(-1)).view(values.shape)
+
+
+@lru_cache(maxsize=8)
+def _bin_of_code(device: torch.device) -> torch.Tensor:
+    """int32 [2048], bin of all floats with these upper 11 bits: sign, exponent and the first two of the mantissa."""
+    values = ((torch.arange(2048) << 21) | 1).int().view(torch.float32)
+    step = ((torch.arange(2048) & 0x3FF) - ((127 + LOW_EXPONENT) << 2) + 1).clamp(0, STEPS + 1)
+    bins = torch.where(values < 0, STEPS + 1 - step, STEPS + 2 + step)
+    return torch.where(values.isfinite(), bins, BINS).int().to(device)
 
 
 def quantile(histogram_UN: np.ndarray, share: float) -> np.ndarray:

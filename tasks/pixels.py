@@ -177,8 +177,7 @@ class Preprocess:
     def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] as the model was trained on."""
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float().div_(255)
-        mean = torch.tensor(self.mean, device=x_BCHW.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=x_BCHW.device).view(1, 3, 1, 1)
+        mean, std = (_channels(tuple(values), x_BCHW.device) for values in (self.mean, self.std))
         return x_BCHW.sub_(mean).div_(std).contiguous()
 
     def to_image(self, boxes_N4: np.ndarray, widths_N: np.ndarray, heights_N: np.ndarray) -> np.ndarray:
@@ -236,3 +235,9 @@ def resize(x_CNHW: torch.Tensor, width: int, height: int, interpolation: str) ->
             x_CNHW = (sums >> WEIGHT_BITS).clamp(0, 255).to(torch.uint8)
         x_CNHW = x_CNHW.mT if turned else x_CNHW
     return x_CNHW
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float32 [1, C, 1, 1], copied once: a copy to a GPU waits for all that runs there."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.activations import Extreme
 from tasks.exemplars import _best
-from tasks.forward import HookedTarget
+from tasks.forward import HookedTarget, TargetPass, describe
 from tasks.layers import LayersSettings
-from tasks.moments import EDGES
+from tasks.moments import BINS, EDGES, count_bins
 from tasks.probing import ProbingSettings
 from tasks.store import hash64
 from tasks.tables import matrix
@@ -174,3 +175,59 @@ def test_nonfinite_activations_are_counted_and_left_out(tmp_path, monkeypatch):
     assert stats[0]["nonfinite"] > 0
     assert stats[0]["nonfinite"] + stats[0]["count"] == images.ok.sum()
     assert all(np.isfinite(row["activation"]) for row in merged.out.read_all("exemplars").to_pylist())
+
+
+@pytest.mark.parametrize(("names", "last"), [(["3"], 3), (["7", "2"], 7), (["0", "19"], 19), (["logits"], 22)])
+def test_the_model_stops_behind_the_last_layer(tmp_path, names, last):
+    """Of its 23 modules only those up to the last layer run, once a batch; the outputs are those of a whole pass."""
+    folder = samples.draw_folder(tmp_path / "photos", 20)
+    images = samples.probe(tmp_path, ProbingSettings(str(folder), shard_size=16, batch_size=8, max_skipped=1))
+    settings = TargetSettings("factory", "tests/models.py:deep", preprocess=CNN.preprocess)
+    layers = describe(settings, LayersSettings(names)).layers
+    target, batches = HookedTarget(TargetPass(images, settings, layers, "float32", 1)), images.shard_batches(0)
+    ran, seen, whole = [0] * len(target.model), [], []
+    with torch.inference_mode():
+        for _, x in target.inputs(batches):
+            for name, module in target.model.named_children():
+                x = module(x)
+                whole += [x.clone()] if name in {layer.name for layer in layers} else []
+    for number, module in enumerate(target.model):
+        module.register_forward_pre_hook(lambda _m, _i, number=number: ran.__setitem__(number, ran[number] + 1))
+    after = []
+    target.run(batches, lambda _, output: seen.append(output.clone()), after.append)
+    assert ran == [len(batches)] * (last + 1) + [0] * (len(ran) - last - 1)
+    assert [numbers.tolist() for numbers in after] == [numbers.tolist() for numbers in batches]
+    assert len(seen) == len(whole) == len(layers) * len(batches)
+    assert all(torch.equal(a, b) for a, b in zip(seen, whole, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["units apart", "units together", "units together, behind prefix tokens"])
+def test_places_are_the_first_of_equal_values(layout):
+    """Few distinct values, so nearly every map has its largest and smallest in several places."""
+    maps = torch.from_numpy(np.random.default_rng(0).integers(-2, 3, (5, 6, 12)).astype(np.float32))
+    maps[0, 0], maps[0, 1, 3] = 0, torch.nan
+    if layout != "units apart":
+        tokens = torch.zeros(5, 14, 6)
+        tokens[:, 2:] = maps.transpose(1, 2)
+        maps = tokens[:, 2:].transpose(1, 2) if "prefix" in layout else tokens[:, 2:].contiguous().transpose(1, 2)
+    wanted = torch.from_numpy(np.random.default_rng(1).random((5, 6)) < 0.8)
+    for sign in (1, -1):
+        extreme = Extreme(maps, (3, 4), sign)
+        expected = np.where(wanted.numpy(), (sign * maps).argmax(2).numpy(), -1)
+        assert extreme.places(wanted).tolist() == expected.tolist()
+        np.testing.assert_array_equal(extreme.values_BU.numpy(), sign * (sign * maps).amax(2).numpy())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_bins_of_every_kind_of_float(together):
+    """All exponents, both signs, edges and their neighbours, zeros, denormals; infinities and NaN are in no bin."""
+    inner = EDGES[1:-1].astype(np.float32)
+    known = [inner, np.nextafter(inner, np.float32(np.inf)), np.nextafter(inner, np.float32(-np.inf))]
+    powers = np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32)
+    values = np.concatenate([*known, powers, -powers, [0.0, -0.0, np.inf, -np.inf, np.nan]]).astype(np.float32)
+    maps = torch.from_numpy(np.stack([values, values[::-1], np.roll(values, 7)]))[None].repeat(2, 1, 1)
+    if together:
+        maps = maps.transpose(1, 2).contiguous().transpose(1, 2)
+    histogram = torch.zeros(3, BINS, dtype=torch.int64)
+    count_bins(histogram, maps)
+    assert histogram.tolist() == [[2 * n for n in _histogram(values[np.isfinite(values)])]] * 3

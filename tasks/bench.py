@@ -1,0 +1,407 @@
+"""What `axonym bench` measures: our code beside the bare models, in turn, in one run.
+
+In: BenchSettings. Out: one Figure per row, most of them the bare models' time as a share of ours. Only torch, timm,
+torchvision, pyarrow, fsspec, pillow and numpy are needed; where scipy is missing, the sweep leaves validation out.
+"""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.activations import ActivationsJob, ActivationsWorker
+from tasks.bench_data import Chain, Decoded, Tower, draw_files
+from tasks.embeddings import EmbeddingsWorker
+from tasks.forward import describe
+from tasks.image_embeddings import ImageEmbeddingsWorker
+from tasks.layers import LayersSettings
+from tasks.probing import ProbingSettings
+from tasks.store import peak_mib
+from tasks.target import DTYPES, TargetSettings
+
+MODELS = {"vit_b": "vit_base_patch16_224", "vit_l": "vit_large_patch16_224"}
+TIMES = 10
+"""Images behind the second peak of memory, as a multiple of those behind the first."""
+KEPT = 16
+"""Batches that the bare model is given, again and again: more would not fit every device."""
+BYTES = 4096, 2, 12
+"""A unit's tables of one shard: at most so many bytes, and for each pooled activation and each candidate."""
+AT_LEAST = {"collection": 0.95, "collection, files": 0.85, "embedding": 0.90, "workers": 1.8, "sweep": 0.80}
+AT_MOST = {"bytes": 1.0, "memory": 1.05, "memory, GPU": 1.05, "time, images": 2.05, "time, units": 1.10}
+"""Targets of the figures."""
+ONLY = {"collection": "cpu", "collection, files": "cuda"}
+"""Targets that are set for one device."""
+
+
+@dataclass
+class BenchSettings:
+    what: list[str] = field(default_factory=lambda: list(ROWS))
+    """Which measurements; each gives one or more rows."""
+    device: str = "all"
+    """cpu, cuda, or all that there are."""
+    model: str = "vit_b"
+    """Target of the rows collection, files and tables: vit_b, vit_l or any name of timm. Its weights are random."""
+    small: str = "vit_tiny_patch16_224"
+    """Target of the other rows."""
+    clip: str = "vit_base_patch32_clip_224"
+    """Image tower, by its name in timm, of the row embedding."""
+    small_clip: str = "vit_small_patch32_224"
+    """The same for the sweep."""
+    images: int = 0
+    """Images of the rows collection, files, tables and embedding; 0: 32 on a CPU, 8,192 on a GPU."""
+    small_images: int = 0
+    """The same of the other rows; 0: 16 on a CPU, 512 on a GPU."""
+    side: int = 400
+    """Longer side of the JPEG files, pixels."""
+    crops: int = 2
+    """Crops per image of the row embedding."""
+    batch: int = 0
+    """Images per model call; 0: 16 on a CPU, 128 on a GPU."""
+    shard: int = 0
+    """Images per shard, at most, whose tables are written together; 0: 1,024 on a CPU, 8,192 on a GPU."""
+    pairs: int = 5
+    """How often each of two is measured, in turn."""
+    threads: int = 1
+    """Torch threads on a CPU."""
+    dtype: str = "auto"
+    """float32, float16, bfloat16; auto: float32 on a CPU, float16 on a GPU."""
+    seed: int = 0
+    out: str = "bench.parquet"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.what if name not in ROWS]
+        if unknown or not self.what:
+            raise ValueError(f"what={','.join(unknown)}: allowed are {', '.join(ROWS)}")
+        if self.device not in ("all", "cpu", "cuda"):
+            raise ValueError(f"device={self.device}: allowed are all, cpu, cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda: there is none; allowed are all, cpu")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype={self.dtype}: allowed are auto, {', '.join(DTYPES)}")
+        least = {"images": 0, "small_images": 0, "batch": 0, "side": 32, "shard": 0, "crops": 1, "pairs": 1}
+        for key, smallest in (least | {"threads": 1, "seed": 0}).items():
+            if getattr(self, key) < smallest:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least {smallest}")
+
+    @property
+    def devices(self) -> list[str]:
+        there = ["cpu", "cuda"] if has_cuda() else ["cpu"]
+        return there if self.device == "all" else [self.device]
+
+    def on(self, device: str) -> "BenchSettings":
+        """With the sizes of this device where none are given."""
+        images, small, batch, shard = (8192, 512, 128, 8192) if device == "cuda" else (32, 16, 16, 1024)
+        own = {"images": images, "small_images": small, "batch": batch, "shard": shard}
+        chosen = {key: getattr(self, key) or value for key, value in own.items()}
+        dtype = {"cpu": "float32", "cuda": "float16"}[device] if self.dtype == "auto" else self.dtype
+        return replace(self, device=device, dtype=dtype, **chosen)
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+@dataclass
+class Figure:
+    name: str
+    value: float
+    low: float
+    high: float
+    """Least and largest of the pairs."""
+    target: float
+    """NaN where there is none."""
+    at_least: bool
+    """Whether the value should reach the target, or stay below it."""
+    base: float
+    ours: float
+    """What the value is the ratio of, medians: seconds, MiB or bytes."""
+    pairs: int
+    model: str
+    what: str
+
+    @property
+    def met(self) -> bool | None:
+        """None where there is no target."""
+        if np.isnan(self.target):
+            return None
+        return bool(self.value >= self.target if self.at_least else self.value <= self.target)
+
+
+def in_turn(runs: list[Callable[[], dict[str, float]]], pairs: int) -> dict[str, np.ndarray]:
+    """Seconds that each run reports, by name, `pairs` times each: in order, then in reverse, and so on, so that what
+    drifts or disturbs meets all alike. Each runs once before that counts for nothing."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        run()
+    for number in range(pairs):
+        for run in runs[:: -1 if number % 2 else 1]:
+            for name, seconds in run().items():
+                found.setdefault(name, []).append(seconds)
+    return {name: np.array(seconds) for name, seconds in found.items()}
+
+
+def figure(
+    s: "BenchSettings", name: str, over: np.ndarray, under: np.ndarray, model: str, what: str, scale: float = 1
+) -> Figure:
+    """Median of scale * over / under, pair by pair, with the least and the largest, beside its target."""
+    ratios = scale * over / under
+    spread = float(np.median(ratios)), float(ratios.min()), float(ratios.max())
+    goal = (AT_LEAST | AT_MOST).get(name, np.nan) if ONLY.get(name, s.device) == s.device else np.nan
+    medians = float(np.median(over)), float(np.median(under))
+    return Figure(name, *spread, goal, name not in AT_MOST, *medians, len(ratios), model, what)
+
+
+def timed(name: str, call: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        call()
+        if has_cuda():
+            torch.cuda.synchronize()
+        return {name: time.perf_counter() - start}
+
+    return run
+
+
+def environment(device: str) -> None:
+    """In a fresh process, before CUDA is looked for."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def fresh(device: str) -> ProcessPoolExecutor:
+    """A process of its own that sees the GPU or does not."""
+    return ProcessPoolExecutor(1, get_context("spawn"), environment, (device,))
+
+
+def measure(name: str, settings: BenchSettings) -> list[Figure]:
+    """The rows of one measurement, in this process; `settings` are those of its device."""
+    with tempfile.TemporaryDirectory(prefix="axonym-bench-") as folder:
+        return list(ROWS[name](settings, Path(folder)))
+
+
+def chain(settings: BenchSettings, folder: Path, count: int, model: str, clip: str, layers: list[str]) -> Chain:
+    """Files drawn, listed and probed; the model described."""
+    size, target = settings.batch, target_settings(model)
+    files = draw_files(folder / "files", count, settings.side, settings.seed)
+    shard = -(-min(settings.shard, count) // size) * size
+    probing = ProbingSettings(str(files), seed=settings.seed, shard_size=shard, batch_size=size)
+    found = describe(target, LayersSettings(layers)).layers
+    made = Chain(str(folder), probing, target, found, Tower(clip), settings.dtype, settings.threads)
+    made.probe()
+    made.random_embeddings()
+    return made
+
+
+def collect(worker: ActivationsWorker, images: Any = None) -> dict[str, float]:
+    """Seconds of all parts: of the pass over the images, and with reading and writing."""
+    worker.images = worker.target.images = images or worker.job.model.images
+    start = time.perf_counter()
+    reports = [worker.run(part) for part in range(worker.images.num_shards)]
+    return {"pass": sum(r.seconds["compute"] for r in reports), "all": time.perf_counter() - start}
+
+
+def bare_target(worker: ActivationsWorker, images: Decoded) -> Callable[[], None]:
+    """Forward passes over as many batches as the images have; their input is made beforehand."""
+    target, count = worker.target, -(-len(images) // images.batch_size)
+    groups = [batch for part in range(images.num_shards) for batch in images.shard_batches(part)]
+    worker.images = target.images = images
+    inputs = [x for _, x in target.inputs(groups[:KEPT])]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for number in range(count):
+            target.model(inputs[number % len(inputs)])
+
+    return run
+
+
+def collection(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    made = chain(s, folder, s.images, s.model, s.clip, ["mlp"])
+    worker, images = ActivationsWorker(made.activations), made.images
+    decoded = Decoded.of(images, worker.target.preprocess)
+
+    def named(kind: str, source: Any) -> Callable[[], dict[str, float]]:
+        return lambda: {f"{kind} {name}": seconds for name, seconds in collect(worker, source).items()}
+
+    bare = timed("bare", bare_target(worker, decoded))
+    t = in_turn([bare, named("memory", decoded), named("files", images)], s.pairs)
+    scale = f"{s.images:,} images, {sum(map(len, made.blocks)):,} units"
+    what = f"bare forward / pass, decoded images; {scale}"
+    yield figure(s, "collection", t["bare"], t["memory pass"], s.model, what)
+    what = f"bare forward / pass, JPEG files; {scale}"
+    yield figure(s, "collection, files", t["bare"], t["files pass"], s.model, what)
+    what = f"the same, the tables of every {made.probing.shard_size:,} images written too"
+    yield figure(s, "collection, tables", t["bare"], t["files all"], s.model, what)
+    yield table_bytes(s, made.activations)
+
+
+def table_bytes(s: BenchSettings, job: ActivationsJob) -> Figure:
+    """Bytes of the parts that a shard leaves, beside their limit, per unit."""
+    units, sizes, limits = sum(map(len, job.blocks)), [], []
+    for part in sorted(job.out.done()):
+        files = [job.out.store.path(f"{job.out.name}/{t}/part-{part:05d}.parquet") for t in job.out.tables]
+        sizes.append(sum(job.out.store.fs.size(file) for file in files) / units)
+        stored = int(job.model.images.stored[np.array(job.model.images.shard(part))].sum())
+        rows = len(job.out.read("candidates", part)["image"].combine_chunks().flatten())
+        limits.append(BYTES[0] + BYTES[1] * stored + BYTES[2] * rows / units)
+    what = f"bytes per unit and shard / limit ({BYTES[0]:,} + {BYTES[1]} a pooled image + {BYTES[2]} a candidate row)"
+    return figure(s, "bytes", np.array(sizes), np.array(limits), s.model, what)
+
+
+def embedding(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    made = chain(s, folder, s.images, s.small, s.clip, ["blocks.0.mlp.act"])
+    count = made.some_crops(s.crops)
+    worker = EmbeddingsWorker(made.embeddings)
+    t = in_turn([timed("bare", bare_clip(worker, count)), timed("ours", lambda: run_all(worker, made.shards))], s.pairs)
+    what = f"bare encode_image / stage embeddings, from JPEG files; {count:,} crops"
+    yield figure(s, "embedding", t["bare"], t["ours"], s.clip, what)
+
+
+def bare_clip(worker: EmbeddingsWorker | ImageEmbeddingsWorker, count: int) -> Callable[[], None]:
+    """encode_image of `count` images or crops, in whole batches."""
+    clip, size = worker.clip, worker.images.batch_size
+    pixels = torch.randint(0, 256, (size, *clip.preprocess.size, 3), dtype=torch.uint8).to(clip.device)
+    x = clip.preprocess.normalise(pixels)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(-(-count // size)):
+            clip.model.encode_image(x)
+
+    return run
+
+
+def run_all(worker: Any, parts: int) -> float:
+    """Seconds of all parts; the worker has started."""
+    start = time.perf_counter()
+    for part in range(parts):
+        worker.run(part)
+    return time.perf_counter() - start
+
+
+def peak_of(job: ActivationsJob) -> tuple[float, float]:
+    """MiB that the process needed at most, and that it had on the GPU."""
+    collect(ActivationsWorker(job))
+    return peak_mib(), torch.cuda.max_memory_allocated() / 2**20 if has_cuda() else 0.0
+
+
+def memory(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    count, peaks = s.small_images, []
+    for number, images in enumerate((count, TIMES * count)):
+        made = chain(replace(s, shard=count), folder / str(number), images, s.small, s.clip, ["mlp"])
+        with fresh(s.device) as process:
+            peaks.append(process.submit(peak_of, made.activations).result())
+    what = f"peak MiB of a fresh process with {TIMES * count:,} images / {count:,}"
+    few, many = np.array(peaks)
+    yield figure(s, "memory", many[:1], few[:1], s.small, what)
+    if has_cuda():
+        yield figure(s, "memory, GPU", many[1:], few[1:], s.small, what)
+
+
+def growth(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    count, found = s.small_images, {}
+    every = mlp_layers(s.small)
+    half = every[1 - len(every) % 2 :: 2]
+    for name, images, layers in (("N", count, every), ("2N", 2 * count, every), ("U", count, half)):
+        made = chain(replace(s, shard=count), folder / name, images, s.small, s.clip, layers)
+        found[name] = timed(name, partial(collect, ActivationsWorker(made.activations)))
+    t = in_turn(list(found.values()), s.pairs)
+    what = f"collection of {2 * count:,} images / {count:,}"
+    yield figure(s, "time, images", t["2N"], t["N"], s.small, what)
+    what = f"collection of the MLP units of all {len(every)} layers / every second one, the last among them"
+    yield figure(s, "time, units", t["N"], t["U"], s.small, what)
+
+
+def target_settings(name: str) -> TargetSettings:
+    return TargetSettings("timm", MODELS.get(name, name), pretrained=False)
+
+
+def mlp_layers(name: str) -> list[str]:
+    return [layer.name for layer in describe(target_settings(name), LayersSettings(["mlp"])).layers]
+
+
+HERE: list[ActivationsWorker] = []
+"""The worker that this process keeps, so that it starts once."""
+
+
+def collect_here(job: ActivationsJob) -> None:
+    if not HERE:
+        HERE.append(ActivationsWorker(job))
+    collect(HERE[0])
+
+
+def workers(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    if s.device == "cuda":
+        return  # two processes on one GPU are no more than one
+    one = replace(s, threads=1)
+    jobs = [chain(one, folder / str(i), s.small_images, s.small, s.clip, ["mlp"]).activations for i in range(2)]
+    with fresh(s.device) as first, fresh(s.device) as second:
+
+        def both() -> None:
+            for waiting in [p.submit(collect_here, job) for p, job in zip((first, second), jobs, strict=True)]:
+                waiting.result()
+
+        alone = timed("one", lambda: first.submit(collect_here, jobs[0]).result())
+        t = in_turn([alone, timed("two", both)], s.pairs)
+    what = f"images per second of two workers / one, {os.cpu_count()} CPUs seen"
+    yield figure(s, "workers", t["one"], t["two"], s.small, what, scale=2)
+
+
+def sweep(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    made = chain(s, folder, s.small_images, s.small, s.small_clip, mlp_layers(s.small)[-1:])
+    made.vocabulary()
+    left_out = [] if find_spec("scipy") else ["validation", "neurons"]
+
+    def ours() -> dict[str, float]:
+        return {stage: run_all(worker, parts) for stage, worker, parts in made.workers() if stage not in left_out}
+
+    ours()
+    crops = made.embeddings.patches.read_all("crops", columns=["level"])["level"].to_numpy()
+    encoded = len(made.images) + int((crops > 0).sum())
+    worker = ActivationsWorker(made.activations)
+    target = bare_target(worker, Decoded.of(made.images, worker.target.preprocess))
+    clip = bare_clip(EmbeddingsWorker(made.embeddings), encoded)
+    t = in_turn([timed("target", target), timed("clip", clip), ours], s.pairs)
+    stages = np.sum([seconds for name, seconds in t.items() if name not in ("target", "clip")], 0)
+    units = sum(map(len, made.blocks))
+    what = f"one target pass and {encoded:,} encodes / all stages; {s.small_images:,} images, {units:,} units"
+    what += f"; without {', '.join(left_out)}: no scipy" if left_out else ""
+    yield figure(s, "sweep", t["target"] + t["clip"], stages, f"{s.small} + {s.small_clip}", what)
+    for name, seconds in t.items():
+        yield figure(s, f"sweep, {name}", seconds, stages, s.small, "share of all stages")
+
+
+ROWS: dict[str, Callable[[BenchSettings, Path], Iterator[Figure]]] = {
+    "collection": collection,
+    "embedding": embedding,
+    "memory": memory,
+    "time": growth,
+    "workers": workers,
+    "sweep": sweep,
+}
+
+
+def hardware(device: str) -> str:
+    """Name of the GPU, or of the processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def versions() -> str:
+    names = ("torch", "torchvision", "timm", "pyarrow", "numpy", "pillow")
+    return ", ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in names)])
