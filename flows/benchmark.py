@@ -1,7 +1,8 @@
 """axonym benchmark: every scorer on the same evidence, judged by what is known.
 
 In: overrides of the config as for a sweep; scorers=auc,soft_wpmi:top_k=10:a=100 (default: all, with their own values),
-halves=true (name twice more, from disjoint halves of the images), annotations=FILE (CSV: layer, unit, description).
+halves=true (name twice more, from disjoint halves of the images), controls=false (leave out the images shuffled against
+the model's, which take another pass), annotations=FILE (CSV: layer, unit, description).
 Out: one table per benchmark, printed and as Parquet, and a picture of the trade-off, tradeoff.svg. Each scorer is a run
 of its own, <run>-<scorer>; all that comes before the scores is made once.
 """
@@ -27,14 +28,21 @@ from tasks.store import Folder, Store, fingerprint
 
 def main(arguments: list[str]) -> int:
     own, rest = flow_arguments(
-        arguments, {"scorers": str, "halves": str, "annotations": str}, scorers="", halves="false", annotations=""
+        arguments,
+        {"scorers": str, "halves": str, "controls": str, "annotations": str},
+        scorers="",
+        halves="false",
+        controls="true",
+        annotations="",
     )
     scorers = own["scorers"].strip("[]").split(",") if own["scorers"] else [*SCORERS]
-    if own["halves"] not in ("true", "false"):
-        raise ValueError(f"halves={own['halves']}: allowed are true, false")
+    for key in ("halves", "controls"):
+        if own[key] not in ("true", "false"):
+            raise ValueError(f"{key}={own[key]}: allowed are true, false")
     if own["annotations"]:
         read_annotations(own["annotations"])
-    benchmark = Benchmark(Sweep(compose(rest)), scorers, own["halves"] == "true", own["annotations"] or None)
+    chosen = {key: own[key] == "true" for key in ("halves", "controls")}
+    benchmark = Benchmark(Sweep(compose(rest)), scorers, **chosen, annotations=own["annotations"] or None)
     print("\n" + "\n".join(benchmark.run()))
     return 0
 
@@ -44,24 +52,27 @@ class Runs:
     """What one scorer named."""
 
     run: Sweep
-    shuffled: Sweep
+    shuffled: list[Sweep]
+    """One, or none."""
     halves: list[Sweep]
 
     def named(self) -> Named:
-        twin = {"randomly initialised": self.run.twin} if self.run.twin else {}
-        controls = {name: sweep.folder("neurons") for name, sweep in (twin | {"shuffled": self.shuffled}).items()}
+        found = [("randomly initialised", self.run.twin)] if self.run.twin else []
+        found += [("shuffled", sweep) for sweep in self.shuffled]
+        controls = {name: sweep.folder("neurons") for name, sweep in found}
         return Named(self.run.folder("neurons"), controls, [half.folder("neurons") for half in self.halves])
 
 
 class Benchmark:
     """Runs of one sweep that differ in the scorer, their controls, and what is found when they are judged."""
 
-    def __init__(self, sweep: Sweep, scorers: list[str], halves: bool, annotations: str | None) -> None:
+    def __init__(self, sweep: Sweep, scorers: list[str], halves: bool, controls: bool, annotations: str | None) -> None:
         """Raises ValueError for a scorer or a value that there is not."""
         self.sweep, self.annotations = sweep, annotations
         self.scorers = {re.sub("[:=]", "_", spec): scorer_settings(spec, sweep.config.scorer.keep) for spec in scorers}
         config, neurons = sweep.config, replace(sweep.config.neurons, twin=False)
-        self.shuffled = sweep.variant("shuffled", target=replace(config.target, shuffled=True))
+        shuffled = sweep.variant("shuffled", target=replace(config.target, shuffled=True))
+        self.shuffled = [shuffled] if controls else []
         probing = [replace(config.probing, half=half) for half in (0, 1)] if halves else []
         self.halves = [
             Sweep(replace(config, run=f"{config.run}-half{p.half}", probing=p, neurons=neurons)) for p in probing
@@ -77,10 +88,12 @@ class Benchmark:
 
     def _runs(self, name: str, scorer: ScorerSettings) -> Runs:
         """Name all units with one scorer, in the run itself and in its controls."""
-        run, shuffled, *halves = (s.scored_by(name, scorer) for s in (self.sweep, self.shuffled, *self.halves))
+        run = self.sweep.scored_by(name, scorer)
+        shuffled, halves = ([s.scored_by(name, scorer) for s in sweeps] for sweeps in (self.shuffled, self.halves))
         run.name()
-        shuffled.twin = run.twin
-        for other in (shuffled, *halves):
+        for control in shuffled:
+            control.twin = run.twin
+        for other in (*shuffled, *halves):
             other.explain(run.manifest)
             other.neurons()
         return Runs(run, shuffled, halves)
