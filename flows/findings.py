@@ -11,6 +11,7 @@ from tasks.drawn import PHRASES_PER_PART, DrawnJob, named_phrases
 from tasks.report import ReportJob, num_parts
 from tasks.report_page import templates
 from tasks.traits import TraitsJob
+from tasks.truth import TruthJob
 from tasks.world import files, orders
 
 
@@ -38,6 +39,16 @@ class FindingStages(VocabularyStages):
         folder = self.manifest.plan("drawn", payload, parts, (*MODEL, "scipy"))
         job = DrawnJob(folder, self._target_pass(), self.folder("neurons"), config.layers.pool, config.drawn)
         self._stage(job, len(phrases), "phrase")
+
+    def truth(self) -> None:
+        """The same, of the scenes that there are."""
+        read = ("activations", "neurons")
+        if not all(uri.startswith("world://") for uri in self.config.probing.uris):
+            return
+        payload = {stage: self.hash(stage) for stage in read} | {"world": [files.VERSION, orders.VERSION]}
+        folder = self.manifest.plan("truth", payload, len(self.blocks), ("numpy", "scipy"))
+        job = TruthJob(folder, self.images, **{stage: self.folder(stage) for stage in read}, blocks=self.blocks)
+        self._stage(job, self.num_units, "unit")
 
     def report(self) -> None:
         config, parts = self.config, num_parts(self.images, self.target.layers)

@@ -37,6 +37,7 @@ TABLES = {
     "traits": ("traits", "census"),
     "coverage": ("coverage",),
     "drawn": ("drawn",),
+    "truth": ("truth",),
     "screen": ("screen", "screen_counts", "classes"),
     "pairs": ("pairs",),
     "ablation": ("ablation", "cumulative"),

@@ -129,6 +129,7 @@ class Sweep(CausesStages):
         self.traits()
         self.coverage()
         self.drawn()
+        self.truth()
         if self.config.ablation.pairs:
             self.screen()
             self.pairs()

@@ -270,6 +270,20 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "shown": (I32, "scenes drawn that show it; 0 where the world cannot draw it"),
         "absent": (I32, "scenes drawn that do not show it"),
     },
+    "truth": UNIT
+    | {
+        "phrase": (STR, "the name; units whose name the world does not know have no row"),
+        "correlation": (
+            F32,
+            "Pearson, unit activation against 1 where a scene shows the name and else 0, validate split",
+        ),
+        "auprc": (F32, "average precision with which the activation finds the scenes that show the name"),
+        "auc": (F32, "chance that a scene showing it excites the unit more than one that does not, ties half"),
+        "f1": (F32, "harmonic mean of precision and recall of the unit's positives against those scenes"),
+        "iou": (F32, "intersection over union of the two"),
+        "shown": (I32, "scenes of validate that show it"),
+        "absent": (I32, "those that do not; scenes of which it is hard to say are in neither"),
+    },
     "benchmark": {
         "benchmark": (STR, "planted, final layer, held-out, collisions, controls, stability or annotations"),
         "scorer": (STR, "scorer that gave the names; - for a label that none gave"),
