@@ -110,7 +110,7 @@ def permutation_p(a_UN: np.ndarray, s_UN: np.ndarray) -> np.ndarray:
     if count < 4:
         return np.full(len(a_UN), np.nan)
     a, s = standardised(a_UN), standardised(s_UN)
-    skewness = (a**3).mean(1) * (s**3).mean(1) * np.sqrt(count - 1) / (count - 2)
+    skewness = (a * a * a).mean(1) * (s * s * s).mean(1) * np.sqrt(count - 1) / (count - 2)
     return pearson3.sf((a * s).mean(1) * np.sqrt(count - 1), skewness)
 
 

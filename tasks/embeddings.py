@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tasks.clip import Clip, ClipSettings
 from tasks.columns import BOX
@@ -76,19 +77,15 @@ class EmbeddingsWorker:
 
     def _batches(self, numbers: np.ndarray, boxes: np.ndarray) -> Iterator[torch.Tensor]:
         """uint8 [batch_size, H, W, 3] of the crops with these boxes, in order; zeros fill the last one up."""
-        shape = (self.images.batch_size, *self.clip.preprocess.size, 3)
-        batch, filled = torch.zeros(shape, dtype=torch.uint8), 0
+        size = self.images.batch_size
+        waiting = torch.zeros(0, *self.clip.preprocess.size, 3, dtype=torch.uint8, device=self.device)
         for crops_NHWC in self._crops(numbers, boxes):
-            while len(crops_NHWC):
-                if not filled:
-                    batch = torch.zeros(shape, dtype=torch.uint8, device=crops_NHWC.device)
-                few = crops_NHWC[: len(batch) - filled]
-                batch[filled : filled + len(few)] = few
-                crops_NHWC, filled = crops_NHWC[len(few) :], (filled + len(few)) % len(batch)
-                if not filled:
-                    yield batch
-        if filled:
-            yield batch
+            waiting = torch.cat([waiting, crops_NHWC])
+            while len(waiting) >= size:
+                yield waiting[:size]
+                waiting = waiting[size:]
+        if len(waiting):
+            yield F.pad(waiting, (0, 0, 0, 0, 0, 0, 0, size - len(waiting)))
 
     def _crops(self, numbers: np.ndarray, boxes: np.ndarray) -> Iterator[torch.Tensor]:
         """uint8 [n, H, W, 3] of the crops of each image, decoded ahead; `numbers` are sorted."""
@@ -104,9 +101,8 @@ class EmbeddingsWorker:
             return torch.from_numpy(np.stack(cut))
 
         for image, loaded in zip(images.tolist(), prefetch(load, images.tolist(), AHEAD), strict=True):
-            if self.on_device:
-                loaded = self.clip.preprocess.cut(loaded.to(self.device, non_blocking=True), boxes_of[image])
-            yield loaded
+            loaded = loaded.to(self.device, non_blocking=True)
+            yield self.clip.preprocess.cut(loaded, boxes_of[image]) if self.on_device else loaded
 
 
 @dataclass

@@ -30,11 +30,7 @@ def auc(score_UN: np.ndarray, positive_UN: np.ndarray) -> np.ndarray:
     (sum of the positives' ranks - P (P + 1) / 2) / (P (N - P)), ranks shared by ties. NaN without positives or others;
     0.5 for constant scores.
     """
-    from scipy.stats import rankdata
-
-    found = positive_UN.sum(1)
-    ranks = (rankdata(score_UN, axis=1) * positive_UN).sum(1)
-    return _ratio(ranks - found * (found + 1) / 2, found * (positive_UN.shape[1] - found))
+    return areas(score_UN, positive_UN)[0]
 
 
 def auprc(score_UN: np.ndarray, positive_UN: np.ndarray) -> np.ndarray:
@@ -43,13 +39,24 @@ def auprc(score_UN: np.ndarray, positive_UN: np.ndarray) -> np.ndarray:
     The area under the steps of precision and recall, as in Oikarinen, Yan and Weng (ICML 2025). Images of one score
     come together, whatever their order: constant scores give the share of positives. NaN without positives or others.
     """
-    from scipy.stats import rankdata
+    return areas(score_UN, positive_UN)[1]
 
-    found, count = positive_UN.sum(1), positive_UN.shape[1]
-    above_UN = rankdata(-score_UN, method="max", axis=1).astype(np.int64)  # images that score at least as high
-    hits_UN = np.take_along_axis(positive_UN, np.argsort(-score_UN, axis=1), 1).cumsum(1)  # among the best 1, 2, ...
-    precision_UN = np.take_along_axis(hits_UN, above_UN - 1, 1) / above_UN
-    return _ratio((precision_UN * positive_UN).sum(1), found * (found < count))
+
+def areas(score_UN: np.ndarray, positive_UN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """auc and auprc, for which one sorting does."""
+    place_N, order_UN = np.arange(score_UN.shape[1]), score_UN.argsort(1)
+    score_UN, positive_UN = (np.take_along_axis(x, order_UN, 1) for x in (score_UN, positive_UN))
+    rises_UN = score_UN[:, 1:] != score_UN[:, :-1]
+    edge = np.ones((len(score_UN), min(len(place_N), 1)), bool)
+    starts_UN, ends_UN = np.concatenate([edge, rises_UN], 1), np.concatenate([rises_UN, edge], 1)
+    first_UN = np.maximum.accumulate(np.where(starts_UN, place_N, 0), 1)  # of the images with the same score
+    last_UN = np.minimum.accumulate(np.where(ends_UN, place_N, len(place_N))[:, ::-1], 1)[:, ::-1]
+    found, count = positive_UN.sum(1), len(place_N)
+    ranks = (((first_UN + last_UN) / 2 + 1) * positive_UN).sum(1)
+    lower_UN = positive_UN.cumsum(1) - positive_UN  # positives before each place
+    hits_UN = found[:, None] - np.take_along_axis(lower_UN, first_UN, 1)
+    precision = (hits_UN / (count - first_UN) * positive_UN).sum(1)
+    return _ratio(ranks - found * (found + 1) / 2, found * (count - found)), _ratio(precision, found * (found < count))
 
 
 def f1(positive_UN: np.ndarray, said_UN: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from tasks.correlation import bootstrap, followed, paired, permutation_p, produc
 from tasks.forward import worker_device
 from tasks.images import SPLITS, ImageList
 from tasks.layers import Block
-from tasks.metrics import auc, auprc, f1, iou, mad, positives
+from tasks.metrics import areas, f1, iou, mad, positives
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
@@ -174,13 +174,14 @@ def measures(
     a, s = a_US[:, of["validate"]], s_US[:, of["validate"]]
     fires, said = positives(a, a_US[:, of["explain"]]), positives(s, s_US[:, of["explain"]])
     lower, upper = bootstrap(a, s, times_ND)
+    auc, auprc = areas(s, fires)
     return {
         "correlation": paired(a, s),
         "lower": lower,
         "upper": upper,
         "p": permutation_p(a, s),
-        "auprc": auprc(s, fires),
-        "auc": auc(s, fires),
+        "auprc": auprc,
+        "auc": auc,
         "f1": f1(fires, said),
         "iou": iou(fires, said),
         "mad": mad(a, said),
