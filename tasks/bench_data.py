@@ -20,7 +20,7 @@ from tasks.exemplars import ExemplarsJob, ExemplarsWorker
 from tasks.explanations import ExplanationsJob, ExplanationsWorker
 from tasks.forward import TargetPass
 from tasks.image_embeddings import ImageEmbeddingsJob, ImageEmbeddingsWorker
-from tasks.images import ImageList, beside_gpu
+from tasks.images import ImageList
 from tasks.layers import Layer, unit_blocks
 from tasks.neurons import NeuronsJob, NeuronsSettings, NeuronsWorker
 from tasks.patches import PatchesJob, PatchesSettings, PatchesWorker
@@ -66,7 +66,8 @@ class Decoded(ImageList):
     def of(cls, images: ImageList, preprocess: Preprocess) -> "Decoded":
         groups = [batch for part in range(images.num_shards) for batch in images.shard_batches(part)]
         pixels_NHWC = torch.cat(list(images.batches(groups, preprocess)))
-        return cls(**images.__getstate__(), pixels_NHWC=pixels_NHWC.pin_memory() if beside_gpu() else pixels_NHWC)
+        pixels_NHWC = pixels_NHWC.pin_memory() if torch.cuda.is_available() else pixels_NHWC
+        return cls(**images.__getstate__(), pixels_NHWC=pixels_NHWC)
 
 
 def draw_files(folder: Path, count: int, side: int, seed: int) -> Path:

@@ -4,11 +4,15 @@ In: the images table (or the listing). Out: an ImageList, the bytes of single im
 """
 
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
+from multiprocessing import get_context
+from threading import Thread
 from typing import Any, cast
 
 import fsspec
@@ -23,6 +27,8 @@ from tasks.store import Folder, fingerprint, hash64
 
 fsspec.register_implementation("world", "tasks.world.files.WorldFileSystem")  # drawn scenes; imported when asked for
 SPLITS = ("explain", "select", "validate")
+DECODERS = 16
+"""Processes that decode for one GPU, at most: a photo takes a CPU some 5 ms, and a GPU a third of one."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 
 
@@ -169,6 +175,10 @@ class ImageList:
         partner[known] = np.roll(known, 1)
         return partner
 
+    @cached_property
+    def reader(self) -> ImageReader:
+        return ImageReader(self.options)
+
     @property
     def num_shards(self) -> int:
         return -(-len(self) // self.shard_size)
@@ -192,16 +202,26 @@ class ImageList:
     def batches(self, groups: list[np.ndarray], preprocess: Preprocess) -> Iterator[torch.Tensor]:
         """uint8 [batch_size, H, W, 3] per group of image numbers, decoded ahead; missing and unreadable rows stay 0.
 
+        Beside a GPU in processes, because threads would share one lock with the loop that feeds it; the batches then
+        lie in pinned memory, from which they are copied while it computes.
+
         An image that was readable in the probing stage and no longer is raises BadImage: the data has changed.
         """
-        reader = ImageReader(self.options)
-        numbers = [int(i) for group in groups for i in group if self.ok[i]]
-        pixels = prefetch(lambda i: preprocess.pixels(self.open(i, reader)), numbers, 2 * self.batch_size)
-        for group in groups:
-            batch = torch.zeros(self.batch_size, *preprocess.size, 3, dtype=torch.uint8, pin_memory=beside_gpu())
-            for slot in np.flatnonzero(self.ok[group]):
-                batch.numpy()[slot] = next(pixels)
-            yield batch
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            load, ahead, pool = partial(decoded_there, self, preprocess), 2 * DECODERS, processes()
+        else:
+            load, ahead, pool = partial(self.decoded, preprocess), 2, None
+        for pixels_BHWC in prefetch(load, groups, ahead, pool=pool):
+            batch = torch.from_numpy(pixels_BHWC)
+            yield batch.pin_memory() if on_gpu else batch
+
+    def decoded(self, preprocess: Preprocess, group: np.ndarray) -> np.ndarray:
+        """One of the batches."""
+        batch = np.zeros((self.batch_size, *preprocess.size, 3), np.uint8)
+        for slot in np.flatnonzero(self.ok[group]):
+            batch[slot] = preprocess.pixels(self.open(int(group[slot]), self.reader))
+        return batch
 
     def shard_batches(self, part: int) -> list[np.ndarray]:
         """Image numbers of the shard's batches, cut on the global number."""
@@ -214,23 +234,48 @@ def covering(start: int, stop: int, size: int) -> range:
     return range(start // size * size, stop, size) if start < stop else range(0)
 
 
-def beside_gpu() -> bool:
-    """Whether batches go to a GPU: then they lie in pinned memory, from which they are copied while it computes."""
-    return torch.cuda.is_available()
-
-
-def decoders() -> int:
-    """Threads that decode: two beside a CPU that computes, as many as it has beside a GPU, which nothing else feeds."""
-    return min(os.cpu_count() or 2, 32) if beside_gpu() else 2
-
-
-def prefetch(load: Callable[[int], Any], numbers: list[int], ahead: int) -> Iterator[Any]:
-    """load(number) for every number, in order, computed in threads up to `ahead` results before they are asked for."""
-    with ThreadPoolExecutor(decoders()) as pool:
+def prefetch(
+    load: Callable[[Any], Any], items: Sequence, ahead: int, threads: int = 2, pool: Executor | None = None
+) -> Iterator[Any]:
+    """load(item) for every item, in order, computed in threads, or by the pool, up to `ahead` results before they are
+    asked for."""
+    with ThreadPoolExecutor(threads) if pool is None else nullcontext(pool) as pool:
         waiting: deque[Future] = deque()
-        for number in numbers:
-            waiting.append(pool.submit(load, number))
-            if len(waiting) > ahead:
+        try:
+            for item in items:
+                waiting.append(pool.submit(load, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # nobody asks for the others any longer
+            for future in waiting:
+                future.cancel()
+
+
+@cache
+def processes() -> ProcessPoolExecutor:
+    """They decode until this process ends."""
+    return ProcessPoolExecutor(min(os.cpu_count() or 1, DECODERS), get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """However the parent ends: killed, it could not tell."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+KNOWN: dict[str, ImageList] = {}
+"""In a process that decodes: lists by their folder, with the tables that they have read."""
+
+
+def decoded_there(images: ImageList, preprocess: Preprocess, group: np.ndarray) -> np.ndarray:
+    """ImageList.decoded in another process, to which each call brings the list without its table."""
+    known = KNOWN.setdefault(images.folder.store.path(images.folder.name), images)
+    return known.decoded(preprocess, group)

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.activations import Extreme
+from tasks.activations import Extreme, Images, LayerState
 from tasks.exemplars import _best
 from tasks.forward import HookedTarget, TargetPass, describe
-from tasks.layers import LayersSettings
+from tasks.layers import Layer, LayersSettings
 from tasks.moments import BINS, EDGES, count_bins
 from tasks.probing import ProbingSettings
 from tasks.store import hash64
@@ -231,3 +231,24 @@ def test_bins_of_every_kind_of_float(together):
     histogram = torch.zeros(3, BINS, dtype=torch.int64)
     count_bins(histogram, maps)
     assert histogram.tolist() == [[2 * n for n in _histogram(values[np.isfinite(values)])]] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_a_batch_on_a_gpu_is_not_waited_for(pool):
+    """torch raises where anything between a layer's output and the folded statistics makes the host wait."""
+    device, size = torch.device("cuda"), 8
+    state = LayerState(Layer("x", 64, "tokens", (4, 4), 1), 5, 16, pool, device)
+    masks = [torch.rand(size, device=device) < 0.7 for _ in range(2)]
+    places = torch.arange(3, device=device)
+    images = Images(*masks, torch.arange(size, device=device), torch.rand(size, 16, device=device), places, places)
+    outputs = [torch.randn(size, 17, 64, device=device) for _ in range(2)]
+    for mode, output in zip(("default", "error"), outputs, strict=True):  # the first one copies a table
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            state.see(output, images)
+            state.fold(images)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -10,6 +10,7 @@ import random
 import shutil
 import tarfile
 import uuid
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.images import SPLITS, ImageList, ImageReader, image_column, prefetch
+from tasks.images import SPLITS, ImageList, ImageReader, decoded_there, image_column, prefetch, processes
 from tasks.pixels import BadImage, Preprocess, decode
 from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images, split_of
 from tasks.store import Folder, StoreSettings
@@ -769,6 +770,20 @@ def test_batches_of_any_images_from_parquet(tmp_path, photos):
         for slot, image in enumerate(group):
             assert np.array_equal(batch[slot], preprocess.pixels(decode(data[image])))
         assert not batch[len(group) :].any()
+
+
+def test_processes_decode_what_threads_do(tmp_path, photos):
+    """As beside a GPU; an image that has gone is reported from there too."""
+    shutil.copytree(photos, tmp_path / "set")
+    images, _ = probe(tmp_path, str(tmp_path / "set"), shard_size=24, batch_size=8)
+    preprocess, groups = Preprocess((16, 16), (16, 16)), images.shard_batches(0)
+    load = partial(decoded_there, images, preprocess)
+    there = list(prefetch(load, groups, 2, pool=processes()))
+    assert all(np.array_equal(a, b) for a, b in zip(there, images.batches(groups, preprocess), strict=True))
+    for path in (tmp_path / "set").rglob("*_3.*"):
+        path.unlink()
+    with pytest.raises(BadImage, match="unreadable"):
+        list(prefetch(load, groups, 2, pool=processes()))
 
 
 @pytest.mark.parametrize("change", ["gone", "damaged"])
