@@ -65,8 +65,10 @@ class Evidence:
     """CLIP vectors of the whole exemplar images, strongest first; zero where a unit has fewer."""
     has_exemplar_UK: torch.Tensor
     """bool"""
+    summed_UD: torch.Tensor
+    """Sum over the explain images of activation x (image vector - mean image vector)."""
     weighted_UD: torch.Tensor
-    """Sum over the explain images of activation^3 x (image vector - mean image vector)."""
+    """The same of activation^3."""
     null_mean_LC: torch.Tensor
     """Mean similarity of random crops of each size to each concept."""
     null_std_LC: torch.Tensor

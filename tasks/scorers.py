@@ -281,16 +281,16 @@ def _likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, tor
     return similarity_UKC.mul_(a).log_softmax(2).exp_(), evidence.has_exemplar_UK[:, :top_k, None].float()
 
 
-def unexplained(weighted_UD: torch.Tensor, concept_UD: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
-    """Evidence.weighted_UD of what one concept per unit leaves of it: the part of activation^3 that does not follow the
+def unexplained(summed_UD: torch.Tensor, concept_UD: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
+    """Evidence.summed_UD of what one concept per unit leaves of it: the part of the activation that does not follow the
     similarity s_c linearly. One step of matching pursuit (Mallat and Zhang 1993).
 
-    With y = activation^3 and centred vectors X [N, D], covariance S = X'X / N: the regression of y on s_c = X c has the
+    With y = activation and centred vectors X [N, D], covariance S = X'X / N: the regression of y on s_c = X c has the
     slope w.c / (N c'Sc), so X'(y - slope s_c) = w - (w.c / c'Sc) S c.
     """
     follows_UD = concept_UD @ covariance_DD
     spread_U1 = (follows_UD * concept_UD).sum(1, keepdim=True).clamp(min=1e-12)
-    return weighted_UD - (weighted_UD * concept_UD).sum(1, keepdim=True) / spread_U1 * follows_UD
+    return summed_UD - (summed_UD * concept_UD).sum(1, keepdim=True) / spread_U1 * follows_UD
 
 
 def log_mean_exp(total_C: torch.Tensor, count: int) -> torch.Tensor:

@@ -32,8 +32,8 @@ CHUNK = 32
 NULL_CROPS = 2048
 """Random crops per size behind the null mean and deviation."""
 ADDS, LEADS = 0.15, 0.2
-"""A second meaning must add this share of the first's weighted mean, and lead the median concept by this share of the
-first's lead. Of planted units with two meanings 26 of 30 show both so, and 7 % of those with one get a second
+"""A second meaning must add this share of what the first one says, and lead the median concept by this share of the
+first's lead. Of planted units with two meanings 53 of 60 show both so, and 4 % of those with one get a second
 (docs/design.md, section 9)."""
 CLUSTER = 0.2
 """Share of the patches below which they are no meaning of their own."""
@@ -198,13 +198,16 @@ class ScoresWorker:
         crop_UP = _by_rank(self._patches(part), "crop_id", block, self.job.num_patches)
         exemplars = read("exemplars", part, columns=["unit", "rank", "image"], filters=[("tail", "==", "top")])
         image_UK = _by_rank(exemplars, "image", block, self.job.k)
-        stats = read("unit_stats", part, columns=["sum_cubed", "embedding_sum_cubed"])
-        shift_UD = stats["sum_cubed"].to_numpy()[:, None] * self.mean_image_D
-        weighted_UD = matrix(stats["embedding_sum_cubed"]) - shift_UD
+        stats = read("unit_stats", part, columns=["sum", "embedding_sum", "sum_cubed", "embedding_sum_cubed"])
+        sums_2UD = [
+            matrix(stats[f"embedding_{name}"]) - stats[name].to_numpy()[:, None] * self.mean_image_D
+            for name in ("sum", "sum_cubed")
+        ]
         pooled_US = read_block(self.job.activations, self.job.images, part)[:, self.in_sample]
         for start in range(0, len(block), CHUNK):
             rows = slice(start, start + CHUNK)
-            evidence = self._evidence(crop_UP[rows], image_UK[rows], weighted_UD[rows], pooled_US[rows])
+            sums = [sums_UD[rows] for sums_UD in sums_2UD]
+            evidence = self._evidence(crop_UP[rows], image_UK[rows], sums, pooled_US[rows])
             yield evidence, self.scorer.score(evidence, **params)
 
     def _patches(self, part: int) -> pa.Table:
@@ -214,7 +217,7 @@ class ScoresWorker:
         return found.filter(pc.field("tail") == "top")
 
     def _evidence(
-        self, crop_UP: np.ndarray, image_UK: np.ndarray, weighted_UD: np.ndarray, pooled_US: np.ndarray
+        self, crop_UP: np.ndarray, image_UK: np.ndarray, sums_2UD: list[np.ndarray], pooled_US: np.ndarray
     ) -> Evidence:
         ids, vectors, levels = self.crops
         place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
@@ -229,7 +232,8 @@ class ScoresWorker:
             levels_UP=device(np.where(crop_UP >= 0, levels[place_UP], 0), torch.int64),
             exemplars_UKD=device(self.images_ND[image_UK.clip(0)] * (image_UK >= 0)[:, :, None]),
             has_exemplar_UK=device(image_UK >= 0, torch.bool),
-            weighted_UD=device(weighted_UD),
+            summed_UD=device(sums_2UD[0]),
+            weighted_UD=device(sums_2UD[1]),
             null_mean_LC=self.null[0],
             null_std_LC=self.null[1],
             sample=self.sample,
@@ -243,7 +247,7 @@ class ScoresWorker:
         lead_UC = _above_median(weighted_mean(evidence))
         weight_UC = lead_UC if self.scorer.logs else _above_median(scores_UC)
         first_U1 = index[:, :1]
-        adds = adding(evidence, first_U1, lead_UC, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
+        adds = adding(evidence, first_U1, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
         added_U = scores_UC.gather(1, adds.clamp(min=0))[:, 0]
         index[:, -1] = torch.where(missing, adds[:, 0], index[:, -1])
@@ -277,19 +281,19 @@ def _above_median(values_UC: torch.Tensor) -> torch.Tensor:
     return values_UC - values_UC.median(1, keepdim=True).values
 
 
-def adding(
-    evidence: Evidence, first_U1: torch.Tensor, lead_UC: torch.Tensor, covariance_DD: torch.Tensor
-) -> torch.Tensor:
+def adding(evidence: Evidence, first_U1: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
     """int64 [U, 1], of the concepts with a lead (LEADS) the one that fits best what the first leaves unexplained: the
     other half of a unit that means two things, which near-synonyms of the first would crowd out. -1 where none adds
-    enough (ADDS)."""
+    enough (ADDS). All by the plain sums: cubes listen to the stronger half alone."""
     first_UD, spread_C = evidence.concepts_CD[first_U1[:, 0]], evidence.null_std_LC[0]
-    says_U1 = (evidence.weighted_UD * first_UD).sum(1, keepdim=True) / spread_C[first_U1]
-    rest_UD = unexplained(evidence.weighted_UD, first_UD, covariance_DD)
-    rest_UC = (rest_UD @ evidence.concepts_CD.T / spread_C).scatter(1, first_U1, -torch.inf)
+    fits_UC, rest_UC = (
+        sums_UD @ evidence.concepts_CD.T / spread_C
+        for sums_UD in (evidence.summed_UD, unexplained(evidence.summed_UD, first_UD, covariance_DD))
+    )
+    lead_UC, rest_UC = _above_median(fits_UC), rest_UC.scatter(1, first_U1, -torch.inf)
     rest_UC = rest_UC.masked_fill(lead_UC <= LEADS * lead_UC.gather(1, first_U1).clamp(min=0), -torch.inf)
     gain_U1, adds_U1 = rest_UC.max(1, keepdim=True)
-    return adds_U1.where(gain_U1 > ADDS * says_U1, -1)
+    return adds_U1.where(gain_U1 > ADDS * fits_UC.gather(1, first_U1), -1)
 
 
 def _by_rank(table: pa.Table, column: str, block: Block, width: int) -> np.ndarray:

@@ -42,6 +42,7 @@ def evidence(seed, units=5, patches=4, exemplars=7, concepts=11, width=6, images
         "levels_UP": rng.integers(0, 3, (units, patches)),
         "exemplars_UKD": unit_norm(rng, units, exemplars, width) * has_exemplar[..., None],
         "has_exemplar_UK": has_exemplar,
+        "summed_UD": rng.normal(size=(units, width)).astype(np.float32) * 100,
         "weighted_UD": rng.normal(size=(units, width)).astype(np.float32) * 100,
         "null_mean_LC": rng.normal(size=(3, concepts)).astype(np.float32) / 10,
         "null_std_LC": (0.05 + rng.random((3, concepts))).astype(np.float32),
@@ -349,17 +350,14 @@ def test_status_needs_evidence():
 
 
 def test_what_adds_must_itself_be_far_above_the_median():
-    """A unit that is c0 and c1: c1 adds, unless it adds little, or the scorer sees little of it in the unit."""
-    weighted = torch.tensor([[2.0, 1.5, 0, 0, 0, 0], [2.0, 0.1, 0, 0, 0, 0], [2.0, 0.5, 0, 0, 0, 0]])
+    """A unit that is c0 and c1: c1 adds, unless it adds little, or little of it is seen beside the other concepts."""
+    summed = torch.tensor(
+        [[2.0, 1.5, 0, 0, 0, 0], [2.0, 0.1, 0, 0, 0, 0], [2.0, 0.5, 0, 0, 0, 0], [2.0, 0.5, 0.45, 0.45, 0.45, 0]]
+    )
     given = replace(
-        evidence(0, units=3, concepts=5, width=6)[0],
+        evidence(0, units=4, concepts=5, width=6)[0],
         concepts_CD=torch.eye(6)[:5],
-        weighted_UD=weighted,
+        summed_UD=summed,
         null_std_LC=torch.ones(1, 5),
     )
-    scores = weighted[:, :5].clone()
-    first = scores.argmax(1, keepdim=True)
-    lead = scores - scores.median(1, keepdim=True).values
-    assert adding(given, first, lead, torch.eye(6)).tolist() == [[1], [-1], [1]]
-    lead[0, 1] = 0.1
-    assert adding(given, first, lead, torch.eye(6)).tolist() == [[-1], [-1], [1]]
+    assert adding(given, torch.zeros(4, 1, dtype=torch.long), torch.eye(6)).tolist() == [[1], [-1], [1], [-1]]
