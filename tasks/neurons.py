@@ -49,7 +49,7 @@ class NeuronsSettings:
             raise ValueError(f"neurons.twin_nets={self.twin_nets}: must be at least 1")
         if not 0 <= self.twin_quantile <= 1:
             raise ValueError(f"neurons.twin_quantile={self.twin_quantile}: must lie between 0 and 1")
-        if self.calibration:
+        if self.calibration is not None:
             load(self.calibration, "")
 
 

@@ -55,7 +55,7 @@ def test_probability_is_the_truth_where_there_are_many_units():
 def test_evidence_that_says_nothing_gives_the_share_that_is_right():
     found, right, _ = drawn(4_000, 3, slope=0.0)
     probability = fit(found, right, "joint", ["a"]).probability(drawn(500, 4)[0])
-    assert np.abs(probability - right.mean()).max() < 0.1
+    assert np.abs(probability - right.mean()).mean() < 0.05  # at the ends few units decide
 
 
 def test_calibration_error_is_the_mean_distance_over_equal_bins():
