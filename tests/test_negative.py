@@ -83,7 +83,9 @@ def write_block(of, part, block, images):
         best = enumerate(strongest(top, images).tolist())
         exemplars += [key | {"tail": "top", "rank": r, "image": i, "image_id": f"{i}"} for r, i in best]
         cubed = top[images.explain] ** 3
-        sums = {"sum_cubed": cubed.sum(), "embedding_sum_cubed": cubed @ IMAGES[images.explain].astype(float)}
+        vectors, plain = IMAGES[images.explain].astype(float), np.cbrt(cubed)
+        sums = {"sum": plain.sum(), "embedding_sum": plain @ vectors}
+        sums |= {"sum_cubed": cubed.sum(), "embedding_sum_cubed": cubed @ vectors}
         stats.append(key | sums | {"minimum": top.min(), "maximum": top.max(), "low": low.min()})
     of["exemplars"].write(part, {"exemplars": table("exemplars", exemplars), "unit_stats": table("unit_stats", stats)})
 

@@ -219,7 +219,7 @@ def test_unexplained_is_what_a_regression_leaves(seed):
 def test_what_adds_comes_second(adds, expected):
     score = np.arange(7, 0, -1, dtype=np.float32)
     columns = {"concept": list("abcdefg"), "score": score, "lead": score - 2, "adds": np.arange(7) == adds}
-    columns["negative"] = ["n"] * 7
+    columns |= {"negative": ["n"] * 7, "share": np.linspace(0.5, 0, 7)}
     columns["meaning"] = np.where(columns["adds"], 0.25, np.where(np.arange(7) == 0, 0.75, np.nan))
     exemplars = {"unit": [0], "tail": ["top"], "rank": [0], "image_id": ["x"]}
     row = explain(Block("layer", 0, 1), pa.table(columns), pa.table(exemplars)).to_pylist()[0]
@@ -227,6 +227,7 @@ def test_what_adds_comes_second(adds, expected):
     assert row["phrase"] == "a"
     assert row["margin"] == 1
     assert row["negative"] == "n"
+    assert row["match"] == 0.5
     assert row["meanings"] == ["a", *"abcdefg"[adds : adds + 1]]
     assert row["shares"] == [0.75, 0.25][: len(row["meanings"])]
     leads = np.array([max(score["abcdefg".index(c)] - 2, 0) for c in expected])

@@ -9,11 +9,12 @@ from tasks.probing import ProbingSettings
 from tasks.store import Folder, StoreSettings
 from tasks.tables import SCHEMAS, make_table
 from tasks.truth import MEASURES, TruthJob, TruthWorker
+from tasks.world.orders import OWN
 from tasks.world.truth import UNSURE, YES, phrases_seen, stream
 from tests import samples
 
-COUNT = 160
-NAMES = ["red", "nothing red", "red", "red circle", "dachshund", None]
+COUNT = 240
+NAMES = ["red", "nothing red", "red", "scarlet", "dachshund", None]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_measures_are_those_of_a_slow_look_at_every_scene(job):
     assert [row["phrase"] for row in rows] == NAMES[:4], "the world knows no dachshund"
     validate, explain = (np.flatnonzero(job.images.split == s) for s in ("validate", "explain"))
     for row in rows:
-        seen = phrases_seen(stream("truth", 0, COUNT), [row["phrase"]])[validate, 0]
+        seen = phrases_seen(stream("truth", 0, COUNT), [OWN[row["phrase"]]])[validate, 0]
         a, shows = values[row["unit"]][validate][seen != UNSURE], seen[seen != UNSURE] == YES
         assert (row["shown"], row["absent"]) == (shows.sum(), (~shows).sum())
         assert row["correlation"] == pytest.approx(np.corrcoef(a, shows)[0, 1], abs=1e-6)
@@ -69,7 +70,7 @@ def test_measures_are_those_of_a_slow_look_at_every_scene(job):
 
 def test_right_wrong_and_noise_lie_apart(job):
     red, wrong, noise, _ = job[0].out.read_all("truth").to_pylist()
-    assert red["auc"] > 0.99
+    assert red["auc"] > 0.95
     assert red["correlation"] > 0.8
     assert wrong["correlation"] < 0
     assert abs(noise["correlation"]) < 0.4

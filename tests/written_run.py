@@ -138,6 +138,7 @@ def unit_row(layer: str, unit: int, phrases: list[str]) -> dict[str, Any]:
         "correlation": r,
         "lower": None if r is None else r - 0.1,
         "upper": None if r is None else min(r + 0.1, 1),
+        "probability": r and 0.9 * r,
         "bar": 0.05,
         "p": None if r is None else 0.001,
         **dict.fromkeys(("auprc", "auc", "f1", "iou", "mad"), r),
