@@ -15,6 +15,7 @@ Shapes: B images, N tokens, H heads of d channels, C = H d channels in all, O ou
 
 from collections.abc import Collection, Iterator
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,22 +66,26 @@ def open_heads(model: nn.Module, names: Collection[str] | None = None) -> None:
     `num_heads` and a linear `proj` or `out_proj` (timm).
     """
     for path, attention in list(model.named_modules()):
-        projection = _projection(attention)
+        num, projection = getattr(attention, "num_heads", None), _projection(attention)
         wanted = names is None or (path + SUFFIX).lstrip(".") in names
-        if projection is None or not wanted or hasattr(attention, "heads"):
+        if not wanted or not isinstance(num, int) or projection is None or projection.in_features % num:
             continue
-        heads = Heads(int(attention.num_heads), projection)
+        if hasattr(attention, "heads"):  # it has them already
+            continue
+        heads = Heads(num, projection)
         if isinstance(attention, nn.MultiheadAttention):
             _project_apart(attention)
         attention.add_module("heads", heads)
-        projection.register_forward_pre_hook(lambda _module, given, heads=heads: (heads(given[0]), *given[1:]))
+        projection.register_forward_pre_hook(partial(_through, heads))
 
 
-def _projection(module: nn.Module) -> nn.Linear | None:
-    num, linear = getattr(module, "num_heads", None), getattr(module, "proj", getattr(module, "out_proj", None))
-    if not isinstance(num, int) or not isinstance(linear, nn.Linear) or linear.in_features % num:
-        return None
-    return linear if getattr(module, "batch_first", True) else None
+def _through(heads: Heads, _projection: nn.Module, given: tuple) -> tuple:
+    return (heads(given[0]), *given[1:])
+
+
+def _projection(attention: nn.Module) -> nn.Linear | None:
+    found = getattr(attention, "proj", getattr(attention, "out_proj", None))
+    return found if isinstance(found, nn.Linear) and getattr(attention, "batch_first", True) else None
 
 
 def _project_apart(attention: nn.MultiheadAttention) -> None:
@@ -89,7 +94,7 @@ def _project_apart(attention: nn.MultiheadAttention) -> None:
     Its own code runs in a shallow copy whose projection is the identity, which keeps every bit of the results.
     """
     weight, inner = attention.out_proj.weight, copy(attention)
-    identity = nn.Linear(*reversed(weight.shape), device=weight.device, dtype=weight.dtype).requires_grad_(False)
+    identity = nn.Linear(len(weight), len(weight), device=weight.device, dtype=weight.dtype).requires_grad_(False)
     identity.weight.copy_(torch.eye(len(weight)))
     identity.bias.zero_()
     inner._modules = attention._modules | {"out_proj": identity}

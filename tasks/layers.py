@@ -125,9 +125,8 @@ class Layer:
             return self.pooled(output[units], pool)
         if pool == "max":
             return self.maps(output).amax(2).float()[:, units]
-        prefix = self.prefix_maps(output)
-        mean = pool == "mean" or prefix is None
-        return (self.maps(output).float().mean(2) if mean else prefix[:, :, 0].float())[:, units]
+        prefix = None if pool == "mean" else self.prefix_maps(output)
+        return (self.maps(output).float().mean(2) if prefix is None else prefix[:, :, 0].float())[:, units]
 
 
 @dataclass

@@ -126,7 +126,7 @@ def test_cfg_json_beside_the_file_says_how_the_encoder_works(tmp_path):
 
 GATED = {"b_gate": torch.zeros(5)}
 BAD = {
-    "no encoder": ({"W_enc": None}, {}, SaeSettings(), r"has no matrix W_enc or encoder.weight; its tensors are W_dec"),
+    "no encoder": ({"W_enc": None}, {}, RELU, r"has no matrix W_enc or encoder.weight; its tensors are W_dec"),
     "bias": ({"b_enc": torch.zeros(6)}, {}, RELU, r"the encoder's bias has shape \[6\], but the encoder reads 4"),
     "centre": ({"b_dec": torch.ones(3)}, {}, RELU, r"the bias before the encoder has shape \[3\]"),
     "decoder": ({"W_dec": torch.zeros(4, 4)}, {}, RELU, r"the decoder has shape \[4, 4\]"),
@@ -165,7 +165,8 @@ def test_what_is_no_safetensors_is_never_unpickled(tmp_path):
     [
         (["layers.names=[sae]"], "layers.names=sae: layers.saes is empty; allowed is"),
         (["layers.saes={blocks.1: x.safetensors}"], "layers.saes={'blocks.1': 'x.safetensors'}: layers.names has no"),
-        (["layers.saes.blocks=x", "layers.sae.k=0"], "layers.sae.k=0: must be at least 1"),
+        (["layers.saes.blocks=x"], "layers.saes.blocks=x: expected"),
+        (["layers.sae.k=0"], "layers.sae.k=0: must be at least 1"),
         (["layers.sae.activation=gelu"], "layers.sae.activation=gelu: allowed are relu, topk, jumprelu"),
     ],
 )
@@ -340,8 +341,11 @@ def test_screen_of_latents_is_activation_times_slope(tmp_path):
 
 WORLD = [
     "target=world_vit",
-    "probing.uri=world://heads/64",
-    "probing.shard_size=32",
+    "probing.uri=world://heads/192",
+    "probing.explain=0.2",
+    "probing.select=0.4",
+    "probing.validate=0.4",
+    "probing.shard_size=64",
     "probing.batch_size=16",
     "layers.names=[blocks.2.attn.heads,sae]",
     "neurons.twin=true",
