@@ -273,7 +273,7 @@ def test_the_model_runs_on_exemplar_images_alone_in_full_batches(cnn, monkeypatc
     tables = []
     for size, (job, merged) in cnn.items():
         worked, calls = worker(job, merged, k=2), []
-        handle = worked.target.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        handle = worked.target.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         for part in range(job.model.images.num_shards):
             worked.run(part)
         handle.remove()
