@@ -86,8 +86,6 @@ class BenchSettings:
             raise ValueError(f"what={','.join(unknown)}: allowed are {', '.join(ROWS)}")
         if self.device not in ("all", "cpu", "cuda"):
             raise ValueError(f"device={self.device}: allowed are all, cpu, cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device=cuda: there is none; allowed are all, cpu")
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype={self.dtype}: allowed are auto, {', '.join(DTYPES)}")
         least = {"images": 0, "small_images": 0, "batch": 0, "side": 32, "shard": 0, "crops": 1, "pairs": 1}
@@ -97,7 +95,10 @@ class BenchSettings:
 
     @property
     def devices(self) -> list[str]:
+        """Raises ValueError where the one that is asked for is not there."""
         there = ["cpu", "cuda"] if has_cuda() else ["cpu"]
+        if self.device not in ("all", *there):
+            raise ValueError(f"device={self.device}: not there; allowed are all, {', '.join(there)}")
         return there if self.device == "all" else [self.device]
 
     def on(self, device: str) -> "BenchSettings":
