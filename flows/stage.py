@@ -4,6 +4,7 @@ In: a stage's folder, the import path of its worker, its job and the number of p
 line of statistics; StageFailed with the parts that could not be made. The only file that knows Ray.
 """
 
+import ctypes
 import gc
 import importlib
 import logging
@@ -99,6 +100,8 @@ class Host:
         """Take up another stage; the worker itself is made with its first part, so that its failure is a report too."""
         self.path, self.job, self.worker = worker, job, None
         gc.collect()
+        with suppress(AttributeError, OSError):  # glibc keeps gigabytes of freed tensors until it is asked for them
+            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # Linux: count the peak of memory anew
             Path("/proc/self/clear_refs").write_text("5")
 

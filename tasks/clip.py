@@ -63,8 +63,16 @@ class LoadedClip:
     tokenizer: Any
 
 
-def load_clip_model(settings: ClipSettings, key: str = "clip", check_pretrained: bool = True) -> LoadedClip:
-    """Model, preprocessing and tokenizer on the CPU, float32. Raises ValueError naming `key` where it cannot be had.
+def load_clip_model(
+    settings: ClipSettings,
+    key: str = "clip",
+    check_pretrained: bool = True,
+    weights: bool = True,
+    device: str = "cpu",
+) -> LoadedClip:
+    """Model, preprocessing and tokenizer on the device, float32. Raises ValueError naming `key` where it cannot be had.
+
+    Without `weights` none are read or downloaded, and there is no tokenizer: the numbers are random.
 
     open_clip 3.3 does not resolve the Hugging Face text tower of a local folder against that folder, so we hand it
     the folder. No Python file of the folder is executed: transformers does so only with trust_remote_code.
@@ -83,9 +91,10 @@ def load_clip_model(settings: ClipSettings, key: str = "clip", check_pretrained:
     else:
         name, pretrained, options = settings.name, settings.pretrained, {}
         _check_name(name, pretrained, key, check_pretrained)
+    bare = {} if weights else {"load_weights": False, "pretrained_text": False}
     try:
-        model = open_clip.create_model(name, pretrained=pretrained, **options)
-        tokenizer = open_clip.get_tokenizer(name)
+        model = open_clip.create_model(name, pretrained if weights else None, device=device, **bare, **options)
+        tokenizer = open_clip.get_tokenizer(name) if weights else None
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -84,12 +84,18 @@ class Target:
         return found.hexdigest()
 
 
-def load_target(settings: TargetSettings) -> Target:
-    """The model in eval mode on the CPU, float32. Raises ValueError naming the key for anything the user can mend."""
+def load_target(settings: TargetSettings, weights: bool = True) -> Target:
+    """The model in eval mode on the CPU, float32. Raises ValueError naming the key for anything the user can mend.
+
+    Without `weights` none are read or downloaded: the numbers are random, all else is the same.
+    """
+    bare = replace(settings, checkpoint=settings.checkpoint or "none")  # a checkpoint keeps a library from its weights
+    if settings.source == "open_clip":
+        bare = replace(settings, pretrained=False)
     with torch.random.fork_rng(devices=[]):  # models are made on the CPU; other devices' generators stay out of it
         torch.default_generator.manual_seed(settings.seed)
-        target = LOADERS[settings.source](settings)
-    if settings.checkpoint:
+        target = LOADERS[settings.source](settings if weights else bare)
+    if settings.checkpoint and weights:
         _load_weights(target.model, settings.checkpoint)
     pairs = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in settings.preprocess.items()}
     target.preprocess = replace(target.preprocess, **pairs)
