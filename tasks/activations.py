@@ -227,7 +227,7 @@ class ActivationsWorker:
                     state.fold(groups[done])
 
         self.target.run(batches, on_layer, after_batch)
-        for state in states.values():
+        for state in chain.from_iterable(states.values()):
             state.top.sort()
             state.bottom.sort()
         if self.device.type == "cuda":  # once a shard: all that was copied on the way has come

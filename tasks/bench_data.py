@@ -29,7 +29,7 @@ from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_image
 from tasks.scorers import ScorerSettings
 from tasks.scores import ScoresJob, ScoresWorker
 from tasks.store import Folder, StoreSettings
-from tasks.tables import make_table
+from tasks.tables import SCHEMAS, make_table
 from tasks.target import TargetSettings, load_target
 from tasks.validation import ValidationJob, ValidationWorker
 from tasks.words import read_concepts
@@ -150,7 +150,8 @@ class Chain:
     def some_crops(self, per_image: int) -> int:
         """Crops that no patches asked for; how many there are."""
         images, rng, found = self.images, np.random.default_rng(self.probing.seed), 0
-        out = Folder(StoreSettings(self.root), "patches", "bench", ("crops",))
+        out = Folder(StoreSettings(self.root), "patches", "bench", ("patches", "crops"))
+        none = make_table("patches", {name: [] for name in SCHEMAS["patches"].names})
         for part in range(self.shards):
             rows = []
             for image in images.shard(part):
@@ -160,7 +161,7 @@ class Chain:
                     rows.append((image * 64 + place, image, levels[place], *boxes[place]))
             names = ("crop_id", "image", "level", "x0", "y0", "x1", "y1")
             columns = {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}
-            out.write(part, {"crops": make_table("crops", columns)})
+            out.write(part, {"patches": none, "crops": make_table("crops", columns)})
             found += len(rows)
         return found
 
