@@ -29,8 +29,8 @@ from tasks.scorers import ScorerSettings
 from tasks.target import TargetSettings
 
 EVEN = {"tokens": 2.0, "maps": 0.2, "images": 2.0}
-"""How evenly crops are chosen, as the shape of a gamma distribution (see `distinct`). Measured over photos: by layers
-of tokens 1.7 to 3; by maps of convolutions 0.2, and 0.8 where all layers are taken; whole images, by units without
+"""How evenly crops are chosen: the shape of a gamma distribution (see `distinct`). Measured over photos: by layers of
+tokens 1.7 to 3; by maps of convolutions 0.2, and 0.8 where all layers are taken; whole images, by units without
 positions, 1.9 to 3."""
 EVEN_DRAWN = {"tokens": 0.35, "maps": 0.2, "images": 2.0}
 """The same over drawn scenes, which are flat in most places: 0.29 to 0.42, 0.14 to 0.26, 3.6 and more."""

@@ -23,6 +23,8 @@ NAMES = 5
 """Concepts in an explanation (tasks/explanations.py keeps as many)."""
 SHOWN = 20
 """Exemplars that an explanation lists."""
+PHRASES = 32
+"""Of one part of drawn (tasks/drawn.py)."""
 POPULAR = 0.45
 """Shape of the gamma distribution that says how often concepts become names: see tasks.plan.distinct."""
 CHOSEN = 0.5
@@ -224,6 +226,7 @@ class Rows:
 COLUMNS: dict[str, Callable[[Rows], Any]] = {
     "layer": lambda r: [r.words.layer] * r.n,
     "unit": lambda r: r.unit,
+    "drawn.unit": lambda r: r.rng.integers(0, 4 * r.n, r.n),  # those of a few phrases, of all layers
     "tail": lambda r: ["top"] * r.n,
     "rank": lambda r: np.arange(r.n) % r.shape.per_unit,
     "image": lambda r: r.image,
@@ -242,6 +245,7 @@ COLUMNS: dict[str, Callable[[Rows], Any]] = {
     "neurons.status": lambda r: r.chosen(["explained", "unexplained", "ambiguous"], [0.6, 0.35, 0.05]),
     "concept": lambda r: r.text(r.concept),
     "phrase": lambda r: r.text(r.concept),
+    "drawn.phrase": lambda r: r.text(r.rng.integers(0, min(PHRASES, len(r.words.concepts)), r.n)),
     "rival": lambda r: r.text(r.concept),
     "chance.concept": lambda r: r.text(np.arange(r.n) % len(r.words.concepts)),
     "concept_id": lambda r: r.hexadecimal(16, r.concept),

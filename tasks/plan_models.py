@@ -5,6 +5,7 @@ pass on torch's meta device, where tensors have shapes and no numbers; so nothin
 cannot run there (a factory's own code) runs on the CPU with random weights.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,22 @@ def _text_cost(model: Any, of_images: int) -> Cost:
 
 
 def _without_numbers(look: Callable[[str], Made]) -> Made:
+    with _quiet():
+        return _look(look)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that a model has no weights, which is the point."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _look(look: Callable[[str], Made]) -> Made:
     try:
         with torch.device("meta"), _counted_attention():
             return look("meta")
@@ -141,8 +158,9 @@ class Written(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not getattr(func, "is_view", False):
-            self.values += out.numel()
+        if not getattr(func, "is_view", False):
+            found = out if isinstance(out, tuple | list) else [out]
+            self.values += sum(t.numel() for t in found if isinstance(t, torch.Tensor))
         return out
 
 
@@ -176,7 +194,8 @@ def timed(settings: TargetSettings, clip: ClipSettings, batch: int, threads: int
     The least of a few batches: what else the machine does can only make one longer.
     """
     device = worker_device(threads)
-    target, loaded = load_target(settings, weights=False), load_clip_model(clip, clip.key, weights=False)
+    with _quiet():
+        target, loaded = load_target(settings, weights=False), load_clip_model(clip, clip.key, weights=False)
     calls = (
         (target.model, target.model, target.preprocess),
         (loaded.model, loaded.model.encode_image, loaded.preprocess),

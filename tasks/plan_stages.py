@@ -50,6 +50,8 @@ PAIRWISE = ("cos_cubed", "rank_reorder", "auc")
 """Scorers that look at the similarity of every image of the sample to every concept."""
 PAGE_BYTES, THUMBNAIL = 5130, {"photo": 3.6, "drawn": 2.8}
 """Bytes of a neuron on the report's pages, and pixels of a thumbnail per byte of its JPEG."""
+HANDLING = 60_000
+"""Pixels in whose time an image of any size is opened, handed over and laid into its batch."""
 REMEMBERED = 4096
 """Drawn scenes that a process keeps (tasks/world/files.py)."""
 
@@ -102,7 +104,11 @@ class Planner:
 
     def _image(self, side: int, count: float) -> dict[str, float]:
         """Decoding and fitting so many images to a model's input."""
-        return {"images": count, "pixels": count * (2 * self.photo + 2 * side**2), "drawn": self._drawn(count)}
+        return {
+            "images": count,
+            "pixels": count * (2 * self.photo + 2 * side**2 + HANDLING),
+            "drawn": self._drawn(count),
+        }
 
     def _drawn(self, count: float) -> float:
         """Scenes that must be drawn for it, where a process cannot have kept them."""
@@ -308,7 +314,7 @@ class Planner:
         images = min(self.exemplar_images, self.cut)
         sides = [(w * h) ** 0.5 for w, h in self.sizes]
         crop = np.mean([(s * size) ** 2 for s in sides for size in self.settings.patches.crops.sizes])
-        pixels = images * self.photo + self.cut * (float(crop) + 2 * clip.image.side**2)
+        pixels = images * self.photo + self.cut * (float(crop) + 2 * clip.image.side**2 + HANDLING)
         work = self._model("clip", clip.image, calls * batch)
         work |= {"images": images, "pixels": pixels, "drawn": self._drawn(images)}
         memory = BASE + self._weights(clip.image, clip.text) + self._batch(clip.image)
@@ -406,7 +412,7 @@ class Planner:
             parts = -(-round(named) // PHRASES_PER_PART)
             scenes = named * settings.drawn.num + parts * 2 * settings.drawn.num
             cost = facts.target.cost
-            work = self._model("target", cost, scenes) | {"pixels": scenes * 2 * cost.side**2}
+            work = self._model("target", cost, scenes) | {"pixels": scenes * (2 * cost.side**2 + HANDLING)}
             memory = BASE + self._weights(cost) + self._batch(cost) + scenes / parts * 3 * self.photo * 4
             rows, size = self._once("drawn", self.units / parts, images=settings.drawn.num)
             table = {"drawn": parts * rows["drawn"]}, {"drawn": parts * size["drawn"]}
