@@ -417,6 +417,8 @@ class Planner:
             rows, size = self._once("drawn", self.units / parts, images=settings.drawn.num)
             table = {"drawn": parts * rows["drawn"]}, {"drawn": parts * size["drawn"]}
             yield self._estimate("drawn", parts, table, **work, drawn=scenes, memory=memory)
+            pooled, scenes = self._read(("pooled",)), self.split["validate"]
+            yield self._estimate("truth", len(self.blocks), self._by_block("truth", 1), drawn=scenes, read=pooled)
 
     def _causes(self) -> Iterator[Estimate]:
         chosen, target = self.settings.ablation, self.facts.target
