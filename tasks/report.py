@@ -225,12 +225,18 @@ class ReportWorker:
 
     def _classes(self, causes: Folder, ablation: Folder) -> bytes:
         of_layer = {layer.name: paths for layer, paths in zip(self.job.layers, self.pages, strict=True)}
-        tables = (causes.read_all("causes"), ablation.read_all("cumulative"), causes.read_all("agreement"))
 
         def card(layer: str, unit: int) -> str:
             return f"{of_layer[layer][unit // self.job.settings.page_units]}#unit-{unit}"
 
-        return classes_page(self.job.run, *(t.to_pylist() for t in tables), self.job.class_names or [], card)
+        return classes_page(
+            self.job.run,
+            causes.read_all("causes").to_pylist(),
+            ablation.read_all("cumulative").to_pylist(),
+            causes.read_all("agreement").to_pylist(),
+            self.job.class_names or [],
+            card,
+        )
 
     def _compared(self) -> bytes:
         first = {layer.name: pages[0] for layer, pages in zip(self.job.layers, self.pages, strict=True)}

@@ -181,7 +181,8 @@ class ScoresWorker:
         for start in range(0, len(block), CHUNK):
             rows = slice(start, start + CHUNK)
             best, index = following(torch.from_numpy(negative_US[rows]).to(self.device), self.sample).cpu().max(1)
-            found[rows] = np.where(best.numpy() > 0, names[index.numpy()], None)
+            known = best.numpy() > 0
+            found[rows][known] = names[index.numpy()[known]]
         return found
 
     def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:

@@ -554,6 +554,11 @@ def test_planted_units_are_causes(tmp_path, capsys):
     agreement = {row["what"]: row["value"] for row in sweep.folder("causes").read_all("agreement").to_pylist()}
     assert agreement["Spearman of screen and logit drop, pairs and controls"] > 0.7
     assert agreement["share of pairs above 99% of their controls"] == 1
+    neurons = sweep.folder("neurons").read_all("neurons").to_pylist()
+    assert {n["layer"] for n in neurons if n["negative"] is not None} == {"fc"}, "all others are rectified"
+    (single,) = (n for n in neurons if n["layer"] == "fc" and n["phrase"] == "single object")
+    assert single["negative"] in ("three objects", "four objects")
+    assert single["negative_confidence"] > 0.8
     together = sweep.folder("ablation").read_all("cumulative").to_pylist()
     assert {row["accuracy"] for row in together if row["units"]} == {0}
     assert min(row["control_accuracy"] for row in together) > 0.5

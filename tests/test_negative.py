@@ -117,12 +117,12 @@ def named(root, block=3, shard=128, judge=None):
     evidence = {stage: of[stage] for stage in ("exemplars", "patches", "embeddings")}
     settings = {"settings": ScorerSettings(keep=5), "k": K, "num_patches": K, "threads": 1}
     checked = {"explanations": of["explanations"], "blocks": blocks, "threads": 1, "judge": judge}
-    read = [of[stage] for stage in ("exemplars", "explanations", "validation")]
+    read = {stage: of[stage] for stage in ("exemplars", "explanations", "validation")}
     workers = (
         ScoresWorker(ScoresJob(of["scores"], images, **common, **evidence, blocks=blocks, **settings)),
         ExplanationsWorker(ExplanationsJob(of["explanations"], of["scores"], of["exemplars"], blocks, 1)),
         ValidationWorker(ValidationJob(of["validation"], images, **common, **checked)),
-        NeuronsWorker(NeuronsJob(of["neurons"], *read, blocks, NeuronsSettings())),
+        NeuronsWorker(NeuronsJob(of["neurons"], **read, blocks=blocks, settings=NeuronsSettings())),
     )
     for worker in workers:
         for part in range(len(blocks)):

@@ -227,6 +227,7 @@ def test_without_ablations_there_is_no_word_of_them(images, tmp_path):
 def test_nothing_to_test_is_said(images, tmp_path):
     none = write_run(tmp_path, images, LAYERS[2:], ["x"])
     for folder in (none.causes, none.ablation):
+        assert folder
         folder.write(0, {name: make(name, []) for name in folder.tables})
     make_report(none)
     assert b"There was nothing to test" in files(none)["classes.html"]
