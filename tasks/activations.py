@@ -213,9 +213,6 @@ class ActivationsWorker:
                     state.fold(groups[done])
 
         self.target.run(batches, on_layer, after_batch)
-        for state in states.values():
-            state.top.sort()
-            state.bottom.sort()
         if self.device.type == "cuda":  # once a shard: all that was copied on the way has come
             torch.cuda.synchronize(self.device)
 
@@ -256,9 +253,11 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
 
 def _candidates(state: LayerState, block: Block, units: slice, by_rank: np.ndarray) -> pa.Table:
     tails = []
-    signed = (state.bottom.keys[units, 0] != EMPTY).cpu().numpy()
+    signed = (state.bottom.keys[units].amax(1) != EMPTY).cpu().numpy()
     for tail, top, rows, sign in (("top", state.top, slice(None), 1), ("bottom", state.bottom, signed, -1)):
         keys, positions = top.keys[units].cpu().numpy()[rows], top.positions[units].cpu().numpy()[rows]
+        best_first = np.argsort(keys, axis=1)[:, ::-1]
+        keys, positions = (np.take_along_axis(values, best_first, 1) for values in (keys, positions))
         filled = keys != EMPTY
         values, order = key_values(keys[filled])
         offsets = pa.array(np.concatenate([[0], filled.sum(1).cumsum()]).astype(np.int32))
