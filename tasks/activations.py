@@ -20,6 +20,7 @@ import torch
 from tasks.forward import HookedTarget, TargetPass
 from tasks.layers import Block, Layer
 from tasks.moments import BINS, EMPTY, Moments, TopK, count_bins, key_values, order_keys
+from tasks.signs import RECTIFIED
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
@@ -152,7 +153,7 @@ class LayerState:
             self.embedding_sums_2UD[power] += (x_GU.T @ group.embeddings).double()
         self.explain_count += keep.sum(0)
         self.pooled.append(torch.where(finite, values_GU, 0)[group.stored].to("cpu", non_blocking=True))
-        below = finite & low_GU.isfinite() & (low_GU < 0)
+        below = finite & low_GU.isfinite() & (low_GU < RECTIFIED)
         negative = torch.where(below, -low_GU, 0)[group.stored]
         if not negative.is_cuda and not negative.any():  # takes no memory; to ask a GPU would make us wait
             negative = torch.zeros(1, 1).expand_as(negative)
@@ -227,9 +228,6 @@ class ActivationsWorker:
                     state.fold(groups[done])
 
         self.target.run(batches, on_layer, after_batch)
-        for state in chain.from_iterable(states.values()):
-            state.top.sort()
-            state.bottom.sort()
         if self.device.type == "cuda":  # once a shard: all that was copied on the way has come
             torch.cuda.synchronize(self.device)
 
@@ -271,9 +269,11 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
 
 def _candidates(state: LayerState, block: Block, units: slice, by_rank: np.ndarray) -> pa.Table:
     tails = []
-    signed = (state.bottom.keys[units, 0] != EMPTY).cpu().numpy()
+    signed = (state.bottom.keys[units].amax(1) != EMPTY).cpu().numpy()
     for tail, top, rows, sign in (("top", state.top, slice(None), 1), ("bottom", state.bottom, signed, -1)):
         keys, positions = top.keys[units].cpu().numpy()[rows], top.positions[units].cpu().numpy()[rows]
+        best_first = np.argsort(keys, axis=1)[:, ::-1]
+        keys, positions = (np.take_along_axis(values, best_first, 1) for values in (keys, positions))
         filled = keys != EMPTY
         values, order = key_values(keys[filled])
         offsets = pa.array(np.concatenate([[0], filled.sum(1).cumsum()]).astype(np.int32))

@@ -45,7 +45,7 @@ def key_values(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TopK:
-    """The k largest keys per unit with the position of each, over any number of batches; in no order until sorted."""
+    """The k largest keys per unit with the position of each, over any number of batches; in no order."""
 
     def __init__(self, num_units: int, k: int, device: torch.device) -> None:
         self.k = k
@@ -71,16 +71,9 @@ class TopK:
                 chosen = keys.topk(self.k, dim=1, sorted=False).indices
             else:  # several times as fast as topk
                 chosen = torch.from_numpy(np.argpartition(keys.numpy(), -self.k, axis=1)[:, -self.k :].copy())
-            self._keep(keys, positions, chosen)
+            self.keys, self.positions = keys.gather(1, chosen), positions.gather(1, chosen)
+            self.least = self.keys.amin(1)
             self.waiting = []
-
-    def sort(self) -> None:
-        """Best first."""
-        self._keep(self.keys, self.positions, self.keys.argsort(dim=1, descending=True))
-
-    def _keep(self, keys: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor) -> None:
-        self.keys, self.positions = keys.gather(1, chosen), positions.gather(1, chosen)
-        self.least = self.keys.amin(1)
 
 
 class Moments:

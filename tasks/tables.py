@@ -95,8 +95,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "activation": (pa.list_(F16), "pooled activations of the shard's stored images, in image order"),
         "negative": (
             pa.list_(F16),
-            "their negative sides: max(0, -a), a the smallest activation at any position, or with a pool other than "
-            "max the pooled one",
+            "their negative sides: -a where that is above 0.376, else 0; a the smallest activation at any position, or "
+            "with a pool other than max the pooled one",
         ),
     },
     "exemplars": UNIT

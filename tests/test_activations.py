@@ -12,6 +12,7 @@ from tasks.forward import HookedTarget, TargetPass, describe
 from tasks.layers import Layer, LayersSettings
 from tasks.moments import BINS, EDGES, count_bins
 from tasks.probing import ProbingSettings
+from tasks.signs import RECTIFIED
 from tasks.store import hash64
 from tasks.tables import matrix
 from tasks.target import TargetSettings
@@ -95,7 +96,7 @@ def check_pooled(job, images):
     for layer in job.model.layers:
         for unit in range(layer.num_units):
             m = maps[layer.name][stored, unit]
-            for found, expected in ((top, m.max(1)), (negative, (-m.min(1)).clip(0))):
+            for found, expected in ((top, m.max(1)), (negative, np.where(m.min(1) < RECTIFIED, -m.min(1), 0))):
                 atol = np.abs(expected).max() / 1000
                 np.testing.assert_allclose(found[layer.name, unit], expected, rtol=1e-3, atol=atol)
 
@@ -163,7 +164,8 @@ def test_other_pools(tmp_path, pool):
     negative = stored_values(job, "negative")
     assert any(map(any, negative.values()))
     for (_, unit), found in negative.items():
-        np.testing.assert_allclose(found, (-value[np.flatnonzero(images.stored), unit]).clip(0), rtol=1e-3, atol=1e-3)
+        low = value[np.flatnonzero(images.stored), unit]
+        np.testing.assert_allclose(found, np.where(low < RECTIFIED, -low, 0), rtol=1e-3, atol=1e-3)
 
 
 def test_nonfinite_activations_are_counted_and_left_out(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ NOT_HERE = ("ray", "hydra", "omegaconf", "open_clip", "vllm", "transformers", "s
 
 
 def test_runs_take_turns_after_one_that_does_not_count():
-    told, seconds = [], {"bare": iter([100, 1, 2, 3]), "ours": iter([100, 2, 8, 4])}
+    warm, told, seconds = iter([1, 2]), [], {"bare": iter([100, 1, 2, 3]), "ours": iter([100, 2, 8, 4])}
 
     def run(name):
         told.append(name)
@@ -31,6 +31,7 @@ def test_runs_take_turns_after_one_that_does_not_count():
     ratio = figure(CPU, "collection", found["bare"], found["ours"], "m", "w")
     assert (ratio.value, ratio.low, ratio.high) == (0.5, 0.25, 0.75)  # of 1/2, 2/8, 3/4: pair by pair
     assert (ratio.base, ratio.ours, ratio.pairs) == (2, 4, 3)
+    assert list(in_turn([lambda: {"a": next(warm)}], 2, warm=1)["a"]) == [1, 2]
 
 
 @pytest.mark.parametrize(
