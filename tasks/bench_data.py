@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,9 @@ class Tower(ClipSettings):
 
     def load(self) -> LoadedClip:
         target = load_target(TargetSettings("timm", self.name, pretrained=False, kwargs={"num_classes": WIDTH}))
-        target.model.encode_image = target.model.forward
-        return LoadedClip(target.model, target.preprocess, None)
+        model: Any = target.model
+        model.encode_image = model.forward
+        return LoadedClip(model, target.preprocess, None)
 
 
 @dataclass
