@@ -61,6 +61,8 @@ class LoadedClip:
     model: Any
     preprocess: Preprocess
     tokenizer: Any
+    context_length: int
+    """Tokens to which a text is padded."""
 
 
 def load_clip_model(
@@ -79,6 +81,7 @@ def load_clip_model(
     """
     import open_clip
 
+    config: dict[str, Any] = {}
     if settings.is_folder:
         folder, options = os.path.abspath(settings.name), {}
         config = _folder_config(folder, key)
@@ -91,6 +94,8 @@ def load_clip_model(
     else:
         name, pretrained, options = settings.name, settings.pretrained, {}
         _check_name(name, pretrained, key, check_pretrained)
+    known = config.get("model_cfg") or ({} if ":" in name else open_clip.get_model_config(name)) or {}
+    length = int(known.get("text_cfg", {}).get("context_length", 77))
     bare = {} if weights else {"load_weights": False, "pretrained_text": False}
     try:
         model = open_clip.create_model(name, pretrained if weights else None, device=device, **bare, **options)
@@ -106,7 +111,7 @@ def load_clip_model(
     preprocess = Preprocess(
         tuple(size), tuple(size), resize, own["interpolation"], tuple(own["mean"]), tuple(own["std"])
     )
-    return LoadedClip(model.eval().requires_grad_(False), preprocess, tokenizer)
+    return LoadedClip(model.eval().requires_grad_(False), preprocess, tokenizer, length)
 
 
 def _folder_config(folder: str, key: str) -> dict:

@@ -142,7 +142,7 @@ class Estimate:
     said: float = 0
     """Tokens of its answers."""
     model: str = ""
-    """Which model runs: target, clip or judge."""
+    """Which model runs: target, clip or judge, or the text tower of one of them."""
     values: float = 0
     """Numbers that models write."""
     pixels: float = 0

@@ -27,7 +27,7 @@ PHRASES = 32
 """Of one part of drawn (tasks/drawn.py)."""
 POPULAR = 0.45
 """Shape of the gamma distribution that says how often concepts become names: see tasks.plan.distinct."""
-CHOSEN = 0.5
+CHOSEN = 0.35
 """The same of how often images are exemplars."""
 SILENT = 0.6
 """Mean of an activation in its deviations, before a function that cuts off what is below zero."""
@@ -121,7 +121,10 @@ class Rows:
             return np.arange(count) % images
         if self.table in ("crops", "embeddings"):
             return np.sort(self.rng.integers(0, images, count))
-        weights = self.rng.gamma(0.2 if self.table == "patches" else CHOSEN, size=images) + 1e-12
+        weights = self.rng.gamma(CHOSEN, size=images) + 1e-12
+        if self.table == "exemplars" and images < 4 * self.shape.per_unit:  # of one unit all different
+            keys = self.rng.exponential(size=(-(-count // self.shape.per_unit), images)) / weights
+            return keys.argsort(1)[:, : self.shape.per_unit].reshape(-1)[:count]
         return self.rng.choice(images, count, p=weights / weights.sum())
 
     def concepts(self, count: int) -> np.ndarray:
@@ -190,6 +193,15 @@ class Rows:
     def sizes(self, axis: int) -> list[int]:
         return [self.words.sizes[i % len(self.words.sizes)][axis] for i in self.image.tolist()]
 
+    @property
+    def positives(self) -> int:
+        """Images of a split that are a unit's or a name's strongest, a twentieth."""
+        return max(self.shape.images // 20, 1)
+
+    def shares(self, parts: int) -> np.ndarray:
+        """Fractions of so many parts: measures over few images have few values."""
+        return self.rng.integers(0, parts + 1, self.n) / max(parts, 1)
+
     def of_concepts(self, key: str) -> list[Any]:
         return [self.words.concepts[i][key] for i in self.concept.tolist()]
 
@@ -199,7 +211,8 @@ class Rows:
     @cached_property
     def cells(self) -> np.ndarray:
         """A crop of each row's image: its number, level and box."""
-        grids = [crop_grid(*self.words.sizes[i % len(self.words.sizes)], self.words.crops) for i in self.image.tolist()]
+        sizes = zip(self.sizes(0), self.sizes(1), strict=True)
+        grids = [crop_grid(width, height, self.words.crops) for width, height in sizes]
         picked = (self.rng.random(self.n) ** 1.5 * [len(boxes) for boxes, _ in grids]).astype(int)
         picked = picked[np.lexsort((picked, self.image))] if self.table in ("crops", "embeddings") else picked
         found = [[p, levels[p], *boxes[p]] for (boxes, levels), p in zip(grids, picked.tolist(), strict=True)]
@@ -279,7 +292,10 @@ COLUMNS: dict[str, Callable[[Rows], Any]] = {
     "what": lambda r: ["prompt"] * r.n,
     "name": lambda r: r.text(r.concept),
     "path": lambda r: [f"layers/000-{r.words.layer}-{i}.html" for i in range(r.n)],
-    "drawn.auc": lambda r: np.floor(4608 * (1 - r.rng.random(r.n) ** 3)).astype(np.float32) / 4608,
+    "drawn.auc": lambda r: np.floor(2 * r.shape.images**2 * (1 - r.rng.random(r.n) ** 3)) / (2 * r.shape.images**2),
+    "auc": lambda r: r.shares(r.positives * (r.shape.images - r.positives)),
+    "f1": lambda r: r.shares(r.positives),
+    "iou": lambda r: r.shares(r.positives),
     "bar": lambda r: np.round(r.rng.random(r.n), 2).astype(np.float32),
     "alike": lambda r: r.rng.integers(0, max(r.shape.units, 1), r.n),
 }

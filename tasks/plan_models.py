@@ -88,16 +88,15 @@ def sketch_clip(settings: ClipSettings) -> ClipSketch:
         x = torch.zeros(BATCH, 3, *loaded.preprocess.size)
         image, output = _count(model, model.encode_image, x)
         image.parameters = sum(p.numel() for p in model.visual.parameters())
-        return ClipSketch(output.shape[1], image, _text_cost(model, image.parameters))
+        return ClipSketch(output.shape[1], image, _text_cost(model, image.parameters, loaded.context_length))
 
     return _without_numbers(look)
 
 
-def _text_cost(model: Any, of_images: int) -> Cost:
+def _text_cost(model: Any, of_images: int, length: int) -> Cost:
     """Two operations per parameter and token, the table of words left out: texts cost little beside images."""
     words = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     parameters = sum(p.numel() for p in model.parameters()) - of_images
-    length = int(getattr(model, "context_length", 77) or 77)
     return Cost(2.0 * max(parameters - words, 0) * length, 20.0 * length * 512, parameters, 0)
 
 

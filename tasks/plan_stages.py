@@ -50,6 +50,9 @@ PAIRWISE = ("cos_cubed", "rank_reorder", "auc")
 """Scorers that look at the similarity of every image of the sample to every concept."""
 PAGE_BYTES, THUMBNAIL = 5130, {"photo": 3.6, "drawn": 2.8}
 """Bytes of a neuron on the report's pages, and pixels of a thumbnail per byte of its JPEG."""
+FRAGMENTS = 2.2
+"""Times the memory of the statistics that a process takes for them: tensors of layers come and go between them, and the
+allocator cannot fill the holes (ViT-L, 98,304 units, batches of 8: 7.7 GiB in all)."""
 HANDLING = 60_000
 """Pixels in whose time an image of any size is opened, handed over and laid into its batch."""
 REMEMBERED = 4096
@@ -213,7 +216,7 @@ class Planner:
         self, stage: str, name: str, clip: ClipSketch, settings: ClipSettings, phrases: float
     ) -> Estimate:
         passes = _padded(phrases, self.settings.probing.batch_size) * len(settings.templates)
-        work = self._model(name, clip.text, passes)
+        work = self._model(f"{name} text", clip.text, passes)
         memory = BASE + self._weights(clip.image, clip.text)
         parts = -(-round(phrases) // TEXTS_PER_PART)
         return self._estimate(stage, parts, self._once("phrase_embeddings", phrases), **work, memory=memory)
@@ -254,7 +257,8 @@ class Planner:
         written = tails + BINS * 16 + 8 * width + 6 * stored
         largest = max(layer.num_units * _positions(layer) for layer in self.layers)
         memory = BASE + self._weights(self.facts.target.cost) + self._batch(self.facts.target.cost)
-        memory += self.units * (state + 1.6 * written) + 12.0 * batch * largest
+        holes = FRAGMENTS if 4 * batch * largest < 2**25 else 1  # larger tensors have pages of their own
+        memory += holes * self.units * (state + 1.6 * written) + 12.0 * batch * largest
         return self._estimate("activations", self.shards, (rows, size), **work, memory=memory)
 
     def _kind(self, layer: Layer, tail: int) -> str:
@@ -268,7 +272,7 @@ class Planner:
         size = dict(rows)
         for block in self.blocks:
             layer, tails = self.of[block.layer], 1 + self.signed[block.layer]
-            shape = Shape(round(len(block) * k), len(block), max(round(k), 1), images=self.facts.images)
+            shape = Shape(round(len(block) * k), len(block), max(round(k), 1), images=round(self.split["explain"]))
             shape = replace(shape, positions=_positions(layer), prefix=layer.prefix > 0)
             rows["exemplars"] += shape.rows * tails
             rows["unit_stats"] += len(block)
@@ -350,7 +354,7 @@ class Planner:
 
     def _validated(self) -> Iterator[Estimate]:
         validate, block = self.kept["validate"], max(map(len, self.blocks))
-        table = self._by_block("validation", 1)
+        table = self._by_block("validation", 1, images=round(validate))
         flops = 2 * 2.0 * self.units * validate * DRAWS * 5  # in float64, which takes twice as long
         flops += 2 * 2.0 * self.units * self.stored * self.words.width
         memory = BASE + block * self.stored * 8 + validate * (8 * DRAWS + 80 * 64)

@@ -68,8 +68,9 @@ def test_layers_are_those_of_the_model_with_its_weights(name):
     assert found.layers == real.layers
     assert (found.class_names, found.num_classes) == (real.class_names, real.num_classes)
     kinds = {layer.name: kind for layer, kind in zip(found.layers, found.lowest, strict=True)}
+    expected = {"world_resnet": ("layer1.0", "never"), "world_vit_registers": ("blocks.0.mlp.act", "bounded")}[name]
+    assert kinds[expected[0]] == expected[1]
     assert kinds[found.layers[-1].name] == "free"
-    assert kinds[next(n for n in kinds if n.startswith("layer1.0" if "resnet" in name else "blocks.0.mlp"))] != "free"
 
 
 def test_a_clip_folder_is_sketched_as_it_is(tmp_path):
@@ -110,7 +111,10 @@ def test_nothing_is_loaded_downloaded_or_written(tmp_path, monkeypatch, capsys):
         ("images=many", "images=many: expected a int"),
         ("measure=yes", "measure=yes: allowed are true, false"),
         ("cpu_gflops=0", "cpu_gflops=0: must be above 0"),
-        ("probing.uri=nowhere", "probing.uri=nowhere: no images: nothing there; a plan without the data needs"),
+        (
+            "probing.uri=nowhere",
+            "probing.uri=nowhere: no images of format folder: nothing there; a plan without",
+        ),
         ("targt=resnet50", "targt: unknown key (did you mean target?)"),
     ],
 )
@@ -142,15 +146,18 @@ def test_distinct_is_the_mean_of_drawing(even):
 
 
 CHOSEN = {"crops", "embeddings"}
-"""Tables whose rows hang on which images excite the units: a small sweep over few scenes says how far off they are."""
+"""Tables whose rows hang on which images excite the units, which no config tells."""
+HEADERS = 4096
+"""Bytes that a table of a few rows may be off: mostly what Parquet says about its columns."""
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """A small real sweep with a twin, and its plan."""
     root = tmp_path_factory.mktemp("swept")
-    split = ["probing.uri=world://plan/256", "probing.shard_size=64", "drawn.num=2", "neurons.twin_nets=2"]
-    arguments = ["target=world_vit", "layers.names=[mlp,logits]", *split, "neurons.twin=true", "cluster=none"]
+    small = ["probing.uri=world://plan/256", "probing.shard_size=128", "activations.k=20", "drawn.num=2"]
+    twin = ["neurons.twin=true", "neurons.twin_nets=1", "cluster=none"]
+    arguments = ["target=world_vit", "layers.names=[blocks.1.mlp.act,blocks.5.mlp.act,logits]", *small, *twin]
     sweep = Sweep(compose([*arguments, f"store.root={root}", "run=small"]))
     sweep.run()
     facts = plan.look(sweep.config)
@@ -165,10 +172,11 @@ def stored(folder: Folder, table: str) -> tuple[int, int]:
 
 
 def test_the_plan_and_what_happened(swept):
-    """Rows and bytes of every table of a sweep and of its twin; of what is chosen by the images, within a half."""
+    """Rows and bytes of every table, within a tenth; a quarter for the twin, whose units are alike to a degree that
+    only its numbers tell; half where images choose the rows."""
     sweep, planned = swept
     off = []
-    for run, prefix in ((sweep, ""), (sweep.twin, "twin ")):
+    for run, prefix, close in ((sweep, "", 0.1), (sweep.twin, "twin ", 0.25)):
         for key in run.manifest.stages:
             folder, estimate = run.manifest.folder(key), planned.get(prefix + key)
             if estimate is None:
@@ -177,12 +185,12 @@ def test_the_plan_and_what_happened(swept):
             assert estimate.parts == run.manifest.parts[key] or key == "drawn"
             for table in folder.tables:
                 rows, size = stored(folder, table)
-                near = 0.5 if table in CHOSEN else 0.1
-                if abs(estimate.rows[table] / max(rows, 1) - 1) > near and abs(estimate.rows[table] - rows) > 20:
+                near = 0.5 if table in CHOSEN else close
+                if abs(estimate.rows[table] - rows) > max(near * rows, 30 if key == "coverage" else 1):
                     off.append(f"{prefix}{table}: {estimate.rows[table]:.0f} rows planned, {rows} written")
-                if table != "pages" and abs(estimate.bytes[table] / size - 1) > max(near, 0.1):
+                if table != "pages" and abs(estimate.bytes[table] - size) > max(near * size, HEADERS):
                     off.append(f"{prefix}{table}: {estimate.bytes[table]:.0f} bytes planned, {size} written")
-    assert off == []
+    assert not off, "\n".join(off)
 
 
 def test_every_experiment_can_be_planned(capsys):
