@@ -67,7 +67,7 @@ class ScoresWorker:
     def __init__(self, job: ScoresJob) -> None:
         self.job, self.device = job, worker_device(job.threads)
         self.scorer = SCORERS[job.settings.name]
-        self.marginal = lru_cache(maxsize=4)(self._marginal)
+        self.marginal, self.laid = lru_cache(maxsize=4)(self._marginal), lru_cache(maxsize=4)(self._laid)
 
     @cached_property
     def concepts(self) -> pa.Table:
@@ -172,7 +172,14 @@ class ScoresWorker:
 
     def _scored(self, part: int) -> Iterator[tuple[Evidence, torch.Tensor]]:
         """Evidence and scores [U, C], chunk by chunk."""
-        block, params, read = self.job.blocks[part], self.job.settings.params, self.job.exemplars.read
+        laid = self.laid(part)
+        for start in range(0, len(self.job.blocks[part]), CHUNK):
+            evidence = self._evidence(*(rows[start : start + CHUNK] for rows in laid))
+            yield evidence, self.scorer.score(evidence, **self.job.settings.params)
+
+    def _laid(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What is known of a block's units, as _evidence takes it; read once for the marginal and for the scores."""
+        block, read = self.job.blocks[part], self.job.exemplars.read
         crop_UP = _by_rank(self._patches(part), "crop_id", block, self.job.num_patches)
         exemplars = read("exemplars", part, columns=["unit", "rank", "image"], filters=[("tail", "==", "top")])
         image_UK = _by_rank(exemplars, "image", block, self.job.k)
@@ -180,10 +187,7 @@ class ScoresWorker:
         shift_UD = stats["sum_cubed"].to_numpy()[:, None] * self.mean_image_D
         weighted_UD = matrix(stats["embedding_sum_cubed"]) - shift_UD
         pooled_US = read_block(self.job.activations, self.job.images, part)[:, self.in_sample]
-        for start in range(0, len(block), CHUNK):
-            rows = slice(start, start + CHUNK)
-            evidence = self._evidence(crop_UP[rows], image_UK[rows], weighted_UD[rows], pooled_US[rows])
-            yield evidence, self.scorer.score(evidence, **params)
+        return crop_UP, image_UK, weighted_UD, pooled_US
 
     def _patches(self, part: int) -> pa.Table:
         columns = ["unit", "tail", "rank", "crop_id"]
