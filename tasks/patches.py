@@ -27,9 +27,9 @@ from tasks.tables import make_table
 PEAK_SHARE = 0.5
 """The active part of a map is what reaches this share of its peak, and the unit's position quantile."""
 TAILS = ("top", "bottom")
-RINGS = 8
+RINGS = 4
 """Rings by which parts grow before it is asked which of them are whole."""
-HELD = 2**23
+HELD = 2**21
 """Values of maps that wait for their boxes: on a GPU one call for several batches, not one a layer and batch."""
 
 Columns = dict[str, np.ndarray]
@@ -221,20 +221,29 @@ def connected(above_MHW: torch.Tensor, seeds_M: torch.Tensor) -> torch.Tensor:
     Every part grows ring by ring. After RINGS of them those that grew no more are whole and take no part in the next:
     the few winding ones do not hold up the rest, and a GPU is asked once for many rings.
     """
-    count, height, width = above_MHW.shape
-    part = torch.zeros(count, height * width, dtype=torch.bool, device=above_MHW.device)
-    part = part.scatter_(1, seeds_M[:, None], True).view_as(above_MHW) & above_MHW
+    (count, height, width), line = above_MHW.shape, above_MHW.shape[2] + 1
+    inside = F.pad(above_MHW, (0, 1, 0, 1)).flatten(1).byte()  # an empty place behind every row, a row behind every map
+    seeds_M1 = (seeds_M + seeds_M // width)[:, None]
+    part = torch.zeros_like(inside).scatter_(1, seeds_M1, 1) & inside
     growing = torch.arange(count, device=part.device)
-    for _ in range(0, height * width, RINGS):  # a part that grows takes at least one position more in each ring
-        before, above = part[growing], above_MHW[growing]
-        grown = before
+    for _ in range(0, height * width, RINGS):  # a part that grows takes at least one place more in each ring
+        before, mask = part[growing], inside[growing].flatten()
+        grown = before.flatten()
         for _ in range(RINGS):
-            grown = (F.max_pool2d(grown[:, None].float(), 3, 1, 1)[:, 0] > 0) & above
-        part[growing] = grown
-        growing = growing[(grown != before).flatten(1).any(1)]
+            grown = _with_neighbours(_with_neighbours(grown, 1), line) & mask
+        part[growing] = grown.view_as(before)
+        growing = growing[(grown.view_as(before) != before).any(1)]
         if not len(growing):
             break
-    return part
+    return part.view(count, height + 1, line)[:, :-1, :-1].bool()
+
+
+def _with_neighbours(places: torch.Tensor, step: int) -> torch.Tensor:
+    """Bytes with what lies `step` before and behind each: whole lines of memory at once, on any device."""
+    found = places.clone()
+    found[step:] |= places[:-step]
+    found[:-step] |= places[step:]
+    return found
 
 
 def _first(line_ML: torch.Tensor) -> torch.Tensor:

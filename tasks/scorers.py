@@ -277,7 +277,8 @@ def _likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, tor
 
     The first is by far the largest thing that scoring holds: callers go on in place.
     """
-    similarity_UKC = evidence.exemplars_UKD[:, :top_k] @ evidence.concepts_CD.T
+    exemplars_UKD = evidence.exemplars_UKD[:, :top_k]  # rows of one matrix: U small products take four times as long
+    similarity_UKC = (exemplars_UKD.flatten(0, 1) @ evidence.concepts_CD.T).unflatten(0, exemplars_UKD.shape[:2])
     return similarity_UKC.mul_(a).log_softmax(2).exp_(), evidence.has_exemplar_UK[:, :top_k, None].float()
 
 

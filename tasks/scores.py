@@ -68,7 +68,7 @@ class ScoresWorker:
     def __init__(self, job: ScoresJob) -> None:
         self.job, self.device = job, worker_device(job.threads)
         self.scorer = SCORERS[job.settings.name]
-        self.marginal = lru_cache(maxsize=4)(self._marginal)
+        self.marginal, self.laid = lru_cache(maxsize=4)(self._marginal), lru_cache(maxsize=4)(self._laid)
 
     @cached_property
     def concepts(self) -> pa.Table:
@@ -195,7 +195,14 @@ class ScoresWorker:
 
     def _scored(self, part: int) -> Iterator[tuple[Evidence, torch.Tensor]]:
         """Evidence and scores [U, C], chunk by chunk."""
-        block, params, read = self.job.blocks[part], self.job.settings.params, self.job.exemplars.read
+        laid = self.laid(part)
+        for start in range(0, len(self.job.blocks[part]), CHUNK):
+            evidence = self._evidence(*(rows[start : start + CHUNK] for rows in laid))
+            yield evidence, self.scorer.score(evidence, **self.job.settings.params)
+
+    def _laid(self, part: int) -> tuple[np.ndarray, ...]:
+        """What is known of a block's units, as _evidence takes it; read once for the marginal and for the scores."""
+        block, read = self.job.blocks[part], self.job.exemplars.read
         crop_UP = _by_rank(self._patches(part), "crop_id", block, self.job.num_patches)
         exemplars = read("exemplars", part, columns=["unit", "rank", "image"], filters=[("tail", "==", "top")])
         image_UK = _by_rank(exemplars, "image", block, self.job.k)
@@ -205,11 +212,7 @@ class ScoresWorker:
             for name in ("sum", "sum_cubed")
         ]
         pooled_US = read_block(self.job.activations, self.job.images, part)[:, self.in_sample]
-        for start in range(0, len(block), CHUNK):
-            rows = slice(start, start + CHUNK)
-            sums = [sums_UD[rows] for sums_UD in sums_2UD]
-            evidence = self._evidence(crop_UP[rows], image_UK[rows], sums, pooled_US[rows])
-            yield evidence, self.scorer.score(evidence, **params)
+        return crop_UP, image_UK, *sums_2UD, pooled_US
 
     def _patches(self, part: int) -> pa.Table:
         columns = ["unit", "tail", "rank", "crop_id"]
@@ -218,7 +221,12 @@ class ScoresWorker:
         return found.filter(pc.field("tail") == "top")
 
     def _evidence(
-        self, crop_UP: np.ndarray, image_UK: np.ndarray, sums_2UD: list[np.ndarray], pooled_US: np.ndarray
+        self,
+        crop_UP: np.ndarray,
+        image_UK: np.ndarray,
+        summed_UD: np.ndarray,
+        weighted_UD: np.ndarray,
+        pooled_US: np.ndarray,
     ) -> Evidence:
         ids, vectors, levels = self.crops
         place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
@@ -233,8 +241,8 @@ class ScoresWorker:
             levels_UP=device(np.where(crop_UP >= 0, levels[place_UP], 0), torch.int64),
             exemplars_UKD=device(self.images_ND[image_UK.clip(0)] * (image_UK >= 0)[:, :, None]),
             has_exemplar_UK=device(image_UK >= 0, torch.bool),
-            summed_UD=device(sums_2UD[0]),
-            weighted_UD=device(sums_2UD[1]),
+            summed_UD=device(summed_UD),
+            weighted_UD=device(weighted_UD),
             null_mean_LC=self.null[0],
             null_std_LC=self.null[1],
             sample=self.sample,
