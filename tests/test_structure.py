@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 STAGE_MODULES = (
     "probing", "answers", "phrases", "vocabulary", "image_embeddings", "embeddings", "activations", "precision",
     "exemplars", "patches", "scores", "clusters", "explanations", "validation", "chance", "neurons", "traits",
-    "coverage", "drawn", "screen", "pairs", "ablation", "causes", "benchmark", "report",
+    "coverage", "drawn", "truth", "screen", "pairs", "ablation", "causes", "benchmark", "report",
 )  # fmt: skip
 FORBIDDEN = {
     "flows": {"torch", "open_clip", "vllm", "timm", "torchvision"},

@@ -21,7 +21,7 @@ from tests import samples
 
 ROOT = Path(__file__).parents[1]
 OTHERS = (
-    "answers", "clusters", "precision", "drawn", "chance", "screen", "pairs", "ablation", "causes", "world",
+    "answers", "clusters", "precision", "drawn", "truth", "chance", "screen", "pairs", "ablation", "causes", "world",
     "benchmark",
 )  # fmt: skip
 STAGES = [stage for stage in TABLES if stage not in OTHERS]  # of a sweep on a CPU, over photos, with a word list
