@@ -53,7 +53,8 @@ def _measured(name: str, settings: BenchSettings, apart: bool) -> list[Figure]:
 
 def parsed(arguments: list[str]) -> BenchSettings:
     """Raises ValueError for a key that there is not or a value of the wrong kind."""
-    known, found = {f.name: f.type for f in fields(BenchSettings)}, {}
+    known: dict[str, Any] = {f.name: f.type for f in fields(BenchSettings)}
+    found: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in known or not equals:

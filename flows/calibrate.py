@@ -13,7 +13,16 @@ import numpy as np
 from flows.benchmark import planted_units
 from flows.config import compose, flow_arguments
 from flows.run import Run, load_run
-from tasks.calibration import calibration_error, error_interval, evidence, fit, held_out, reliability, save
+from tasks.calibration import (
+    calibration_error,
+    error_interval,
+    evidence,
+    fit,
+    held_out,
+    reliability,
+    save,
+    together,
+)
 from tasks.charts import Axis, Point, chart
 from tasks.world.judging import OFF, judge, wilson
 
@@ -25,22 +34,14 @@ def main(arguments: list[str]) -> int:
     scorers = sorted({run.config["scorer"]["name"] for run in runs})
     if len(scorers) > 1:
         raise ValueError(f"runs={own['runs']}: their scorers differ ({', '.join(scorers)}); margins cannot be compared")
-    units: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for run in runs:
-        found = planted(run)
-        world = run.config["world"]
-        before = units.get(world, (found[0][:0], found[1][:0]))
-        units[world] = (np.concatenate([before[0], found[0]]), np.concatenate([before[1], found[1]]))
+    found = [(run.config["world"], planted(run)) for run in runs]
+    units = {world: together([units for of, units in found if of == world]) for world, _ in found}
     if len(units) < 2:
         raise ValueError(f"runs={own['runs']}: all of one world; give runs of two worlds or more")
     folder = Path(own["out"])
     folder.mkdir(parents=True, exist_ok=True)
     print("\n".join(tested(units, scorers[0], folder)))
-    learned = fit(
-        *(np.concatenate([u[i] for u in units.values()]) for i in (0, 1)),
-        scorers[0],
-        [Path(world).name for world in units],
-    )
+    learned = fit(*together([*units.values()]), scorers[0], [Path(world).name for world in units])
     save(learned, str(folder / "calibration.json"))
     print(f"learned from all {learned.units:,}: use it with  neurons.calibration={folder / 'calibration.json'}")
     return 0

@@ -50,7 +50,7 @@ class Tower(ClipSettings):
         target = load_target(TargetSettings("timm", self.name, pretrained=False, kwargs={"num_classes": WIDTH}))
         model: Any = target.model
         model.encode_image = model.forward
-        return LoadedClip(model, target.preprocess, None)
+        return LoadedClip(model, target.preprocess, tokenizer=None, context_length=0)
 
 
 @dataclass

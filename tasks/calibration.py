@@ -129,6 +129,11 @@ def error_interval(probability_U: np.ndarray, right_U: np.ndarray) -> tuple[floa
     return float(low), float(high)
 
 
+def together(units: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Evidence and right of several worlds, one after the other."""
+    return np.concatenate([found for found, _ in units]), np.concatenate([right for _, right in units])
+
+
 def held_out(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of the units of every world by what the other worlds teach, and whether their names are right.
 
@@ -137,6 +142,6 @@ def held_out(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str) -> tu
     found = []
     for world in units:
         others = [name for name in units if name != world]
-        taught = fit(*(np.concatenate([units[o][i] for o in others]) for i in (0, 1)), scorer, others)
+        taught = fit(*together([units[name] for name in others]), scorer, others)
         found.append((taught.probability(units[world][0]), units[world][1]))
-    return np.concatenate([p for p, _ in found]), np.concatenate([right for _, right in found])
+    return together(found)
