@@ -410,8 +410,9 @@ class Planner:
             read=self._read(("pooled", "image_embeddings")), memory=memory,
         )  # fmt: skip
         named = distinct(self.units, self.concepts, POPULAR)
-        figures = 6 * len(self.layers) + HUBS + PAIRS + (self.concepts - named) + len(facts.prompts)
-        yield self._estimate("coverage", 1, self._once("coverage", figures), flops=2.0 * self.concepts**2 * width)
+        figures = 6 * len(self.layers) + HUBS + PAIRS / 2 + (self.concepts - named) + len(facts.prompts)
+        work = {"flops": 2.0 * self.concepts**2 * width, "other": 8e-5 * self.units}
+        yield self._estimate("coverage", 1, self._once("coverage", figures), **work)
         if facts.drawn:
             parts = -(-round(named) // PHRASES_PER_PART)
             scenes = named * settings.drawn.num + parts * 2 * settings.drawn.num
