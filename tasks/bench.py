@@ -213,6 +213,10 @@ def collect(worker: ActivationsWorker, images: Any = None) -> dict[str, float]:
     return {"pass": sum(r.seconds["compute"] for r in reports), "all": time.perf_counter() - start}
 
 
+def named(kind: str, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    return {f"{kind} {name}": seconds for name, seconds in run().items()}
+
+
 def bare_target(worker: ActivationsWorker, images: Decoded) -> Callable[[], None]:
     """Forward passes over as many batches as the images have; their input is made beforehand."""
     target, count = worker.target, -(-len(images) // images.batch_size)
@@ -233,11 +237,16 @@ def collection(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     worker, images = ActivationsWorker(made.activations), made.images
     decoded = Decoded.of(images, worker.target.preprocess)
 
-    def named(kind: str, source: Any) -> Callable[[], dict[str, float]]:
-        return lambda: {f"{kind} {name}": seconds for name, seconds in collect(worker, source).items()}
-
     bare = timed("bare", bare_target(worker, decoded))
-    t = in_turn([bare, named("memory", decoded), named("files", images)], s.pairs, warm=0 if s.device == "cuda" else 3)
+    t = in_turn(
+        [
+            bare,
+            partial(named, "memory", partial(collect, worker, decoded)),
+            partial(named, "files", partial(collect, worker, images)),
+        ],
+        s.pairs,
+        warm=0 if s.device == "cuda" else 3,
+    )
     scale = f"{s.images:,} images, {sum(map(len, made.blocks)):,} units"
     what = f"bare forward / pass, decoded images; {scale}"
     yield figure(s, "collection", t["bare"], t["memory pass"], s.model, what)
@@ -318,12 +327,14 @@ def growth(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     half = every[1 - len(every) % 2 :: 2]
     for name, images, layers in (("N", count, every), ("2N", 2 * count, every), ("U", count, half)):
         made = chain(replace(s, shard=count), folder / name, images, s.small, s.clip, layers)
-        found[name] = timed(name, partial(collect, ActivationsWorker(made.activations)))
-    t = in_turn(list(found.values()), s.pairs)
-    what = f"collection of {2 * count:,} images / {count:,}"
-    yield figure(s, "time, images", t["2N"], t["N"], s.small, what)
-    what = f"collection of the MLP units of all {len(every)} layers / every second one, the last among them"
-    yield figure(s, "time, units", t["N"], t["U"], s.small, what)
+        found[name] = partial(named, name, partial(collect, ActivationsWorker(made.activations)))
+    t = in_turn(list(found.values()), s.pairs, warm=3)
+    what = f"collection of {2 * count:,} images / {count:,}, tables written"
+    yield figure(s, "time, images", t["2N all"], t["N all"], s.small, what)
+    what = (
+        f"pass over {count:,} images: MLP units of all {len(every)} layers / of every second one, the last among them"
+    )
+    yield figure(s, "time, units", t["N pass"], t["U pass"], s.small, what)
 
 
 def target_settings(name: str) -> TargetSettings:
