@@ -219,7 +219,7 @@ def _weights(length: int, out: int, interpolation: str, device: torch.device) ->
 
 
 def resize(x_CNHW: torch.Tensor, width: int, height: int, interpolation: str) -> torch.Tensor:
-    """uint8 images of any number of axes in front, resized on their device: where a square becomes a square, to the bits
+    """uint8 images, any number of axes in front, resized on their device: where a square becomes a square, to the bits
     of Pillow's resize.
 
     Pillow goes along rows, then along columns, in whole numbers of 2^-22, and rounds in between. (For other shapes it
