@@ -46,8 +46,9 @@ class EmbeddingsWorker:
     def __init__(self, job: EmbeddingsJob) -> None:
         self.job, self.images, self.device = job, job.images, worker_device(job.threads)
         self.clip = Clip(job.clip, self.device, job.images.batch_size)
-        # Cut and resized there: the same bits as by Pillow, sooner on a GPU and later on a CPU.
-        self.on_device = self.device.type == "cuda" and self.clip.preprocess.interpolation in FILTERS
+        # Cut and resized there: the same bits as by Pillow, later on a CPU.
+        preprocess, is_gpu = self.clip.preprocess, self.device.type == "cuda"
+        self.on_device = is_gpu and preprocess.interpolation in FILTERS and len(set(preprocess.size)) == 1
 
     @cached_property
     def crops(self) -> tuple[np.ndarray, np.ndarray]:

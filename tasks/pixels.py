@@ -155,7 +155,8 @@ class Preprocess:
         return np.asarray(image)
 
     def cut(self, photo_HWC: torch.Tensor, boxes_N4: np.ndarray) -> torch.Tensor:
-        """uint8 [N, height, width, 3] on the device of a uint8 photo: `pixels` of each box cut out of it, to the bit.
+        """uint8 [N, height, width, 3] on the device of a uint8 photo: `pixels` of each box cut out of it, to the bit
+        where box and `size` are square.
 
         Boxes x0, y0, x1, y1 are whole pixels inside the photo. All of one size go through together.
         """
@@ -217,12 +218,14 @@ def _weights(length: int, out: int, interpolation: str, device: torch.device) ->
 
 
 def resize(x_CNHW: torch.Tensor, width: int, height: int, interpolation: str) -> torch.Tensor:
-    """uint8 images of any number of axes in front, resized on their device: the same bits as Pillow's resize.
+    """uint8 images, any number of axes in front, resized on their device: where a square becomes a square, to the bits
+    of Pillow's resize.
 
-    Pillow goes first along rows, then along columns, in whole numbers of 2^-22, and rounds in between. Here each way is
-    two matrix products, one by half of the weights' 22 bits: with 8 bits of a pixel and 11 of a weight all sums stay
-    below 2^24 and float32 is exact, whatever the order, for images up to 15 times as large as what they become (beyond
-    that a pixel may be off by 1). `interpolation` is a key of FILTERS.
+    Pillow goes along rows, then along columns, in whole numbers of 2^-22, and rounds in between. (For other shapes it
+    may begin with the columns, which rounds otherwise; that is not imitated.) Each way is two matrix products, one by
+    half of the weights' 22 bits: with 8 bits of a pixel and 11 of a weight all sums stay below 2^24 and float32 is
+    exact, whatever the order, for images up to 15 times as large as what they become (beyond that a pixel may be off by
+    1). `interpolation` is a key of FILTERS.
     """
     for out, turned in ((width, False), (height, True)):
         x_CNHW = x_CNHW.mT if turned else x_CNHW
