@@ -410,7 +410,7 @@ class Planner:
             read=self._read(("pooled", "image_embeddings")), memory=memory,
         )  # fmt: skip
         named = distinct(self.units, self.concepts, POPULAR)
-        figures = 6 * len(self.layers) + HUBS + PAIRS / 2 + (self.concepts - named) + len(facts.prompts)
+        figures = 6 * len(self.layers) + HUBS + 0.75 * PAIRS + (self.concepts - named) + len(facts.prompts)
         work = {"flops": 2.0 * self.concepts**2 * width, "other": 8e-5 * self.units}
         yield self._estimate("coverage", 1, self._once("coverage", figures), **work)
         if facts.drawn:
