@@ -122,7 +122,8 @@ class PatchesWorker:
         The model runs on the batches that hold exemplars of layers with positions; other rows keep the whole input.
         """
         size, shard, layers = self.images.batch_size, self.images.shard(part), self.job.model.layers
-        starts = covering(*np.searchsorted(self.mapped, (shard.start, shard.stop)).tolist(), size)
+        start, stop = np.searchsorted(self.mapped, (shard.start, shard.stop)).tolist()
+        starts = covering(start, stop, size)
         batch_of, slot = np.divmod(np.searchsorted(self.mapped, rows["image"]) - starts.start, size)
         call_of = batch_of * len(layers) + self.layer_of[rows["block"]]
         order = np.flatnonzero(self.has_map[rows["block"]])
@@ -158,7 +159,7 @@ class PatchesWorker:
             held.clear()
 
         self.target.run([self.mapped[start : start + size] for start in starts], on_layer, after_batch)
-        boxes, fractions = np.tile(np.float32([0, 0, 1, 1]), (len(slot), 1)), np.ones(len(slot), np.float32)
+        boxes, fractions = np.tile(np.array([0, 0, 1, 1], np.float32), (len(slot), 1)), np.ones(len(slot), np.float32)
         found_N5 = found.cpu().numpy()
         boxes[order], fractions[order] = found_N5[:, :4], found_N5[:, 4]
         return boxes, fractions
