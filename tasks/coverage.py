@@ -85,8 +85,8 @@ class CoverageWorker:
         scores = job.scores.read_all("scores", columns=["concept", "null_z"])
         concepts, z = (scores[c].to_numpy().reshape(len(units), -1) for c in ("concept", "null_z"))  # as many a unit
         is_name = concepts == np.array([[unit["phrase"]] for unit in units], object)
-        first_z = z[np.arange(len(units)), is_name.argmax(1)].tolist()
-        of_name = [value if known else None for value, known in zip(first_z, is_name.any(1).tolist(), strict=True)]
+        of_name = z[np.arange(len(units)), is_name.argmax(1)].astype(object)
+        of_name[~is_name.any(1)] = None
         against = [None] * len(units)
         if job.against is not None:
             against = job.against.read_all("validation", columns=["correlation"])["correlation"].to_pylist()

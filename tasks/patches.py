@@ -122,8 +122,8 @@ class PatchesWorker:
         The model runs on the batches that hold exemplars of layers with positions; other rows keep the whole input.
         """
         size, shard, layers = self.images.batch_size, self.images.shard(part), self.job.model.layers
-        first_mapped, stop_mapped = np.searchsorted(self.mapped, (shard.start, shard.stop)).tolist()
-        starts = covering(first_mapped, stop_mapped, size)
+        start, stop = np.searchsorted(self.mapped, (shard.start, shard.stop)).tolist()
+        starts = covering(start, stop, size)
         batch_of, slot = np.divmod(np.searchsorted(self.mapped, rows["image"]) - starts.start, size)
         call_of = batch_of * len(layers) + self.layer_of[rows["block"]]
         order = np.flatnonzero(self.has_map[rows["block"]])

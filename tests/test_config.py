@@ -26,6 +26,7 @@ NEEDS = {
     "clip": ["clip.name=x"],
     "store": ["store.root=s3://bucket"],
     "vocabulary": ["vocabulary.llm.model=x", "vocabulary.llm.url=http://127.0.0.1:1/v1"],
+    "layers=sae": ["layers.saes={blocks.7: sae.safetensors}"],
 }
 
 
@@ -33,7 +34,7 @@ NEEDS = {
 def test_every_choice_of_every_group_composes(group):
     for path in (CONF / group).glob("*.yaml"):
         assert path.read_text().startswith("#"), f"{path.name} has no example in its first line"
-        compose([f"{group}={path.stem}", *NEEDS.get(group, [])])
+        compose([f"{group}={path.stem}", *NEEDS.get(group, []), *NEEDS.get(f"{group}={path.stem}", [])])
 
 
 @pytest.mark.parametrize(
