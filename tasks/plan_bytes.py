@@ -16,6 +16,7 @@ import pyarrow as pa
 from tasks.columns import F16, F64, STR
 from tasks.crops import MAX_CROPS, crop_grid
 from tasks.moments import BINS
+from tasks.signs import RECTIFIED
 from tasks.store import encode
 from tasks.tables import SCHEMAS, make_table
 
@@ -52,6 +53,8 @@ class Shape:
     kind: str = "free"
     """Of the activations: free, bounded (the lowest ones behind a function such as GELU, nearly all the same), or
     never (below zero)."""
+    negative: bool = False
+    """Whether the layer has negative sides (tasks.signs)."""
     prefix: bool = False
 
 
@@ -158,6 +161,11 @@ class Rows:
         known = self.table in ("candidates", "pooled")
         values = self.activations(length) if known else self.normal(self.n, length)
         return values.astype(np.float16 if kind == F16 else np.float32)
+
+    def negative(self) -> np.ndarray:
+        """float16 [rows, images]."""
+        values = self.normal(self.n, self.shape.entries).astype(np.float16)
+        return np.where(self.shape.negative & (values < RECTIFIED), -values, np.float16(0))
 
     def normal(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape)
@@ -271,6 +279,7 @@ COLUMNS: dict[str, Callable[[Rows], Any]] = {
     "synonyms": lambda r: [[]] * r.n,
     "candidates.image": lambda r: r.images_of_lists(ids=False),
     "candidates.position": lambda r: r.rng.integers(0, r.shape.positions, (r.n, r.shape.entries)).astype(np.int32),
+    "pooled.negative": lambda r: r.negative(),
     "position": lambda r: r.rng.integers(0, r.shape.positions, r.n),
     "exemplars.activation": lambda r: r.activations(r.shape.per_unit).reshape(-1)[: r.n],
     "exemplars": lambda r: r.images_of_lists(ids=True),

@@ -238,7 +238,8 @@ class Planner:
         size = {table: self.shards * self.words.empty(table) for table in rows}
         for block in self.blocks:
             layer, units = self.of[block.layer], len(block)
-            shape = Shape(units, units, positions=_positions(layer), prefix=layer.prefix > 0)
+            signed = self.lowest[layer.name] == "free"
+            shape = Shape(units, units, positions=_positions(layer), negative=signed, prefix=layer.prefix > 0)
             lists = ("candidates", round(min(k, explain)), 1 + self.signed[layer.name])
             for table, entries, tails in (lists, ("stats", 0, 1), ("pooled", stored, 1)):
                 for tail in range(tails):
