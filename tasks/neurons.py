@@ -198,5 +198,6 @@ def _neurons(
     columns |= {c: validation[c].combine_chunks() for c in ("lower", "upper")}
     unknown = np.full(len(status), np.nan)
     probability = calibration.probability(evidence(explanations, validation)) if calibration else unknown
-    columns["probability"] = pa.array(np.where(named, probability, np.nan), pa.float32(), from_pandas=True)
+    says = np.isin(status, ("explained", "ambiguous", "unexplained"))
+    columns["probability"] = pa.array(np.where(says, probability, np.nan), pa.float32(), from_pandas=True)
     return make_table("neurons", columns | {"confidence": validation["correlation"].combine_chunks()})

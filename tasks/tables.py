@@ -213,7 +213,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "confidence": (F32, "correlation with the phrase on the validate split; null without one"),
         "lower": (F32, "95 % interval of the confidence"),
         "upper": (F32, "95 % interval"),
-        "probability": (F32, "that the name is right, as in drawn worlds; null without a name or for another scorer"),
+        "probability": (
+            F32,
+            "that the name is right, as in drawn worlds; null for units that say nothing and other scorers",
+        ),
         "bar": (F32, "what the interval must exceed: what random weights reach with the name, or min_correlation"),
         "q": (F64, "Benjamini-Hochberg over all units of the run; null without a validate split"),
         "exemplars": (pa.list_(STR), "image ids of the exemplars, strongest first"),
