@@ -75,7 +75,7 @@ def tested(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str, folder:
     probability, right = held_out(units, scorer)
     bins, (low, high) = reliability(probability, right), error_interval(probability, right)
     points = [Point(b.probability, b.right, "", *wilson(round(b.right * b.units), b.units)) for b in bins]
-    title = f"{len(right):,} planted units of {len(units)} worlds, each by what the others teach"
+    title = f"{len(right):,} names of planted units of {len(units)} worlds, each by what the others teach"
     picture = chart(
         title, Axis("probability that the name is right", 0, 1), Axis("share that is right", 0, 1), points, True
     )
