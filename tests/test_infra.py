@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"
 MANIFESTS = ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/schedule.yaml")
 SCRIPTS = [*INFRA.rglob("*.sbatch"), ROOT / ".ci/run"]
-CRDS = os.environ.get("AXONYM_CRDS")
+CRDS = Path(os.environ.get("AXONYM_CRDS", samples.DATA / "kuberay"))
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -77,7 +77,7 @@ def pods():
 @cache
 def definition(kind):
     """Schema of a CRD as Kubernetes applies it: unknown fields are refused."""
-    texts = [path.read_text() for path in Path(CRDS).glob("*.yaml")] if CRDS else []
+    texts = [path.read_text() for path in CRDS.glob("*.yaml")]
     text = next((text for text in texts if f"    kind: {kind}\n" in text), None)
     if text is None:
         pytest.skip(f"AXONYM_CRDS names no folder with KubeRay's definition of {kind}")
