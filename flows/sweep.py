@@ -269,7 +269,7 @@ class Sweep(CausesStages):
         if self.twin:
             payload["twin"] = [self.twin.hash("validation"), self.twin.hash("chance")]
         else:
-            for irrelevant in ("twin", "twin_quantile", "twin_nets"):
+            for irrelevant in ("twin", "twin_quantile", "twin_nets", "twin_confidence"):
                 del payload[irrelevant]
         folder = self.manifest.plan("neurons", payload, len(self.blocks))
         folders = {stage: self.folder(stage) for stage in ("exemplars", "explanations", "validation")}

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.special import stdtrit
 
 from tasks.calibration import SHIPPED, Calibration, evidence, load
 from tasks.layers import Block
@@ -36,7 +37,9 @@ class NeuronsSettings:
     twin_nets: int = 8
     """Random nets that tell what chance reaches with a concept; all but the first see the validate images only."""
     twin_quantile: float = 0.98
-    """The bar of a name is what this share of the twin's units of the layer stays below."""
+    """The bar of a name is what this share of a random net's units of the layer stays below."""
+    twin_confidence: float = 0.99
+    """And a random net that was not looked at keeps below it with this probability."""
     rival_gain: float = 2.0
     """A rival concept that does better on select by more standard errors than this makes the name ambiguous."""
     calibration: str | None = str(SHIPPED)
@@ -45,10 +48,14 @@ class NeuronsSettings:
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
             raise ValueError(f"neurons.q={self.q}: must lie between 0 and 1")
-        if self.twin_nets < 1:
-            raise ValueError(f"neurons.twin_nets={self.twin_nets}: must be at least 1")
+        if self.twin_nets < 3:
+            raise ValueError(
+                f"neurons.twin_nets={self.twin_nets}: must be at least 3, fewer do not tell how nets differ"
+            )
         if not 0 <= self.twin_quantile <= 1:
             raise ValueError(f"neurons.twin_quantile={self.twin_quantile}: must lie between 0 and 1")
+        if not 0.5 <= self.twin_confidence < 1:
+            raise ValueError(f"neurons.twin_confidence={self.twin_confidence}: must be at least 0.5 and below 1")
         if self.calibration is not None:
             load(self.calibration, "")
 
@@ -87,36 +94,34 @@ class NeuronsWorker:
         return rectified(self.job.exemplars)
 
     @cached_property
-    def reached(self) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
-        """By layer and concept, what chance reaches; by layer, how many times that a name must reach. Empty without a
-        twin."""
-        job, least = self.job, self.job.settings.min_correlation
+    def reached(self) -> tuple[dict[tuple[str, str], float], float]:
+        """By layer and concept, what chance reaches; how many times that a name must reach. Nothing without a twin."""
+        job, settings = self.job, self.job.settings
         if job.twin is None or job.twin_names is None or job.chance is None:
-            return {}, {}
-        reached: dict[tuple[str, str], float] = {}
-        for row in job.chance.read_all("chance").to_pylist():
-            key = row["layer"], row["concept"]
-            reached[key] = max(row["correlation"], reached.get(key, least))
+            return {}, 1.0
+        nets = [job.chance.read("chance", part) for part in sorted(job.chance.done())]
+        others = predicted(nets[1:], settings.twin_confidence)  # the first net is the twin, whose names are judged here
         found = job.twin.read_all("validation", columns=["layer", "correlation"]).to_pylist()
         names = job.twin_names.read_all("explanations", columns=["phrase"])["phrase"].to_pylist()
-        ratios: dict[str, list[float]] = {}
-        for row, name in zip(found, names, strict=True):
-            if row["correlation"] is not None:
-                ratio = np.arctanh(row["correlation"]) / np.arctanh(reached.get((row["layer"], name), least))
-                ratios.setdefault(row["layer"], []).append(float(ratio))
-        times = {layer: float(np.quantile(r, job.settings.twin_quantile)) for layer, r in ratios.items()}
-        return reached, times
+        ratios = [
+            np.arctanh(row["correlation"])
+            / np.arctanh(max(others.get((row["layer"], name), 0), settings.min_correlation))
+            for row, name in zip(found, names, strict=True)
+            if row["correlation"] is not None
+        ]
+        times = max(1.0, float(np.quantile(ratios, settings.twin_quantile))) if ratios else 1.0
+        return predicted(nets, settings.twin_confidence), times
 
     def bars(self, layer: str, names: list[str | None]) -> np.ndarray:
         """What the interval of each name must exceed: min_correlation, or where the twin knows better, more.
 
         A concept has its own: random units follow a snowy ground closely and a star hardly at all. The best of many
-        concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names do,
-        on Fisher's scale (atanh), which ends at no correlation.
+        concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names
+        exceed what the other nets tell of theirs, on Fisher's scale (atanh), which ends at no correlation.
         """
         (reached, times), least = self.reached, self.job.settings.min_correlation
-        chance = np.array([reached.get((layer, str(name)), least) for name in names])
-        return np.maximum(np.tanh(np.arctanh(chance) * times.get(layer, 1.0)), least).astype(np.float32)
+        chance = np.array([max(reached.get((layer, str(name)), 0), least) for name in names])
+        return np.tanh(np.arctanh(chance) * times).astype(np.float32)
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
@@ -137,6 +142,27 @@ class NeuronsWorker:
             s: int((status == s).sum()) for s in STATUSES if (status == s).any()
         }
         return report
+
+
+def predicted(nets: list[pa.Table], confidence: float) -> dict[tuple[str, str], float]:
+    """By layer and concept, what one more random net stays below with this probability.
+
+    The upper end of a prediction interval, mean + t s sqrt(1 + 1/n), over the nets' values on Fisher's scale: one net
+    follows blue closely, the next one hardly at all, and the largest of n is exceeded by every (n + 1)th.
+    """
+    rows = pa.concat_tables(nets)
+    z = pa.array(np.arctanh(rows["correlation"].to_numpy().astype(np.float64).clip(-0.999, 0.999)), from_pandas=True)
+    groups = rows.select(["layer", "concept"]).append_column("z", z).group_by(["layer", "concept"], use_threads=False)
+    found = groups.aggregate([("z", "mean"), ("z", "stddev", pc.VarianceOptions(ddof=1)), ("z", "count")])
+    mean, spread = (found[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in ("z_mean", "z_stddev"))
+    count = found["z_count"].to_numpy()
+    beyond = np.where(
+        count > 1, stdtrit(np.maximum(count - 1, 1), confidence) * spread * np.sqrt(1 + 1 / count.clip(1)), 0
+    )
+    upper = np.nan_to_num(np.tanh(mean + beyond))
+    return dict(
+        zip(zip(found["layer"].to_pylist(), found["concept"].to_pylist(), strict=True), upper.tolist(), strict=True)
+    )
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

@@ -156,7 +156,7 @@ def swept(tmp_path_factory):
     """A small real sweep with a twin, and its plan."""
     root = tmp_path_factory.mktemp("swept")
     small = ["probing.uri=world://plan/256", "probing.shard_size=128", "activations.k=20", "drawn.num=2"]
-    twin = ["neurons.twin=true", "neurons.twin_nets=1", "cluster=none"]
+    twin = ["neurons.twin=true", "neurons.twin_nets=3", "cluster=none"]
     arguments = ["target=world_vit", "layers.names=[blocks.1.mlp.act,blocks.5.mlp.act,logits]", *small, *twin]
     sweep = Sweep(compose([*arguments, f"store.root={root}", "run=small"]))
     sweep.run()

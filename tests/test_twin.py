@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import t as student_t
 
 from flows.config import compose
 from flows.run import load_run
@@ -39,7 +40,7 @@ def arguments(tmp_path_factory):
         "vocabulary.source=class_names",
         "vocabulary.path=null",
         "neurons.twin=true",
-        "neurons.twin_nets=2",
+        "neurons.twin_nets=4",
         "unit_block=50",
         "cluster=none",
     ]
@@ -80,6 +81,7 @@ def test_bar_is_what_chance_reaches_with_the_same_name(reference):
     stored = np.flatnonzero(images["status"].to_numpy() == "ok")  # few images: all are stored
     neurons = run.folder("neurons").read_all("neurons").to_pylist()
     named = twin.folder("explanations").read_all("explanations").to_pylist()
+    chance, ratios = {}, []
     for layer in ("layer1.0", "layer4.0"):
         parts = [part for part, rows in enumerate(_layers(twin)) if rows == layer]
         shards = range(run.parts["activations"])
@@ -89,29 +91,36 @@ def test_bar_is_what_chance_reaches_with_the_same_name(reference):
         pooled = pooled[:, np.isin(stored, validate)].astype(np.float64)
         similarity = vectors[validate] @ texts.T
         r = np.array([[pearson(a, s) for s in similarity.T] for a in pooled])
-        other = twin.folder("chance").read("chance", 1, filters=[("layer", "==", layer)])
-        assert other["concept"].to_pylist() == concepts
-        chance = np.nanquantile(r[np.isfinite(r).any(1)], 0.98, axis=0)
-        chance = np.maximum(np.maximum(chance, other["correlation"].to_numpy()), 0.05)
-        chance = dict(zip(concepts, chance, strict=True))
+        nets = [twin.folder("chance").read("chance", n, filters=[("layer", "==", layer)]) for n in range(4)]
+        assert all(net["concept"].to_pylist() == concepts for net in nets)
+        first = np.nanquantile(r[np.isfinite(r).any(1)], 0.98, axis=0)
+        np.testing.assert_allclose(nets[0]["correlation"].to_numpy(), first, atol=1e-3)  # pooled ones are float16
+        z = np.arctanh([net["correlation"].to_numpy().astype(np.float64) for net in nets])
+        chance[layer] = {c: max(0.05, interval_end(column)) for c, column in zip(concepts, z.T, strict=True)}
+        others = {c: max(0.05, interval_end(column[1:])) for c, column in zip(concepts, z.T, strict=True)}
         rows = {
             row["unit"]: row
             for row in twin.folder("validation").read_all("validation").to_pylist()
             if row["layer"] == layer
         }
-        ratios = [
-            np.arctanh(rows[n["unit"]]["correlation"]) / np.arctanh(chance[n["phrase"]])
+        ratios += [
+            np.arctanh(rows[n["unit"]]["correlation"]) / np.arctanh(others[n["phrase"]])
             for n in named
             if n["layer"] == layer and rows[n["unit"]]["correlation"] is not None
         ]
-        times = np.quantile(ratios, 0.98)
-        for neuron in neurons:
-            if neuron["layer"] == layer and neuron["phrase"]:
-                assert neuron["bar"] == pytest.approx(
-                    max(np.tanh(np.arctanh(chance[neuron["phrase"]]) * times), 0.05), rel=1e-3
-                )
+    times = max(1, np.quantile(ratios, 0.98))
+    for neuron in neurons:
+        if neuron["phrase"]:
+            least = chance[neuron["layer"]][neuron["phrase"]]
+            assert neuron["bar"] == pytest.approx(np.tanh(np.arctanh(least) * times), rel=1e-3)
     assert len({neuron["bar"] for neuron in neurons}) > 2
     assert all(n["lower"] > n["bar"] for n in neurons if n["status"] in ("explained", "ambiguous"))
+
+
+def interval_end(z):
+    """Of a one-sided prediction interval of 99 %, back as a correlation."""
+    n = len(z)
+    return float(np.tanh(z.mean() + student_t.ppf(0.99, n - 1) * z.std(ddof=1) * np.sqrt(1 + 1 / n)))
 
 
 def _layers(run):
@@ -207,11 +216,18 @@ Q = [0.001, 0.001, 0.001, 0.001, None, 0.5]
     ("reached", "chance", "settings", "bar", "explained"),
     [
         (None, None, {}, 0.05, [1, 2, 3]),  # no twin
-        ([0.1, 0.2, 0.3, None], 0.1, {"twin_quantile": 0.75}, 0.25, [3]),  # two and a half times the chance of 0.1
-        ([0.1, 0.2, 0.3, None], 0.2, {"twin_quantile": 0.0}, 0.1, [2, 3]),
-        ([-0.3, -0.2, 0.01, None], 0.1, {}, 0.05, [1, 2, 3]),  # the twin reaches less than min_correlation
-        ([-0.3, -0.2, 0.01, None], 0.1, {"min_correlation": 0.25}, 0.25, [3]),
-        ([None, None, None, None], None, {}, 0.05, [1, 2, 3]),  # a twin whose layer is dead
+        # two and a half times the chance of 0.1
+        ([0.1, 0.2, 0.3, None], [0.1] * 4, {"twin_quantile": 0.75}, 0.25, [3]),
+        ([0.1, 0.2, 0.3, None], [0.1] * 4, {"twin_quantile": 0.0}, 0.1, [2, 3]),
+        # the twin stays below the others
+        ([0.1, 0.1, 0.1, None], [0.2] * 4, {}, 0.2, [2, 3]),
+        # the mean of four on Fisher's scale, times what the twin reaches beyond the other three
+        ([0.1, 0.1, 0.1, None], [0.9, 0.05, 0.05, 0.05], {"twin_quantile": 0.0, "twin_confidence": 0.5}, 0.6712, []),
+        # the layer is dead in one net, and three say little
+        ([0.02, 0.02, 0.02, None], [0, 0.1, 0.2, None], {}, 0.7241, []),
+        ([-0.3, -0.2, 0.01, None], [0.1] * 4, {"min_correlation": 0.25}, 0.25, [3]),
+        ([-0.3, -0.2, 0.01, None], [-0.1] * 4, {}, 0.05, [1, 2, 3]),
+        ([None, None, None, None], [None] * 4, {}, 0.05, [1, 2, 3]),  # a twin whose layer is dead
     ],
 )
 def test_names_must_clear_their_bar(tmp_path, reached, chance, settings, bar, explained):
@@ -226,9 +242,11 @@ def test_names_must_clear_their_bar(tmp_path, reached, chance, settings, bar, ex
         "twin_names": None,
     }
     if reached:
-        known = {"concept": ["x"], "correlation": [chance]} if chance else {"concept": [], "correlation": []}
         folders["twin"] = folder(tmp_path, "twin", validation={"correlation": reached})
-        folders["chance"] = folder(tmp_path, "chance", chance=known)
+        folders["chance"] = Folder(StoreSettings(str(tmp_path)), "chance", "x", ("chance",))
+        for net, value in enumerate(chance):
+            rows = {"layer": ["only"], "concept": ["x"], "correlation": [value]}
+            folders["chance"].write(net, {"chance": make_table("chance", rows)})
         folders["twin_names"] = folder(tmp_path, "twin_names", explanations={"phrase": ["x"] * len(reached)})
     out = Folder(StoreSettings(str(tmp_path)), "neurons", "x", ("neurons",))
     job = NeuronsJob(out, **folders, blocks=[Block("only", 0, 6)], settings=NeuronsSettings(**settings))
