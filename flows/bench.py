@@ -1,18 +1,22 @@
 """axonym bench: how fast it is beside the bare models, on this machine.
 
 In: key=value for the fields of tasks.bench.BenchSettings (what=collection,memory model=vit_l images=64 out=FILE).
-Out: a table, printed row by row and as Parquet. Needs neither Ray, Hydra and open_clip nor network; weights are random.
+Out: a table, printed row by row and as Parquet, and the cost curves (what=curves) as a picture beside it, OUT.svg.
+Needs neither Ray, Hydra and open_clip nor network; weights are random.
 """
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from math import isnan
+from pathlib import Path
 from typing import Any, cast
 
 import fsspec
 
 from tasks.bench import BenchSettings, Figure, fresh, hardware, measure, versions
+from tasks.charts import Axis, Point, chart, grid
 from tasks.store import encode
 from tasks.tables import SCHEMAS, make_table
 
@@ -35,12 +39,37 @@ def main(arguments: list[str]) -> int:
             for figure in _measured(name, chosen, apart=settings.devices != [device]):
                 print(line(figure), flush=True)
                 goal = {"target": None if figure.met is None else figure.target, "met": figure.met}
-                rows.append(asdict(figure) | goal | about)
+                rows.append(asdict(figure) | goal | {"size": None if isnan(figure.size) else figure.size} | about)
         print()
     with cast(Any, fsspec.open(settings.out, "wb")) as file:
         file.write(encode(make_table("bench", {c: [row[c] for row in rows] for c in SCHEMAS["bench"].names})))
     print(f"written to {settings.out}")
+    if picture := picture_of(rows):
+        place = str(Path(settings.out).with_suffix(".svg"))
+        with cast(Any, fsspec.open(place, "w")) as file:
+            file.write(picture)
+        print(f"cost curves: {place}")
     return 0
+
+
+def picture_of(rows: list[dict[str, Any]]) -> str | None:
+    """A chart for each kind of cost curve, of the device measured last; None where none was measured."""
+    charts = []
+    for kind in ("images", "units", "concepts", "workers"):
+        points = [
+            row for row in rows if row["size"] and row["name"].endswith(kind) and row["device"] == rows[-1]["device"]
+        ]
+        if len(points) < 2:
+            continue
+        first, most = points[0]["size"], max(max(row["high"], row["size"] / points[0]["size"]) for row in points)
+        seconds = "images per second" if kind == "workers" else "time"
+        x, y = (
+            Axis(f"{kind}, in multiples of {first:,.0f}", 0, most),
+            Axis(f"{seconds}, in multiples of the first", 0, most),
+        )
+        found = [Point(row["size"] / first, row["value"], "", row["low"], row["high"]) for row in points]
+        charts.append(chart(points[-1]["what"].partition(": ")[2] or "collection", x, y, found, diagonal=True))
+    return grid(charts) if charts else None
 
 
 def _measured(name: str, settings: BenchSettings, apart: bool) -> list[Figure]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -28,12 +29,17 @@ from tasks.forward import describe
 from tasks.image_embeddings import ImageEmbeddingsWorker
 from tasks.layers import LayersSettings
 from tasks.probing import ProbingSettings
+from tasks.scores import ScoresWorker
 from tasks.store import peak_mib
 from tasks.target import DTYPES, TargetSettings
 
 MODELS = {"vit_b": "vit_base_patch16_224", "vit_l": "vit_large_patch16_224"}
 TIMES = 10
 """Images behind the second peak of memory, as a multiple of those behind the first."""
+GROWTH = 1, 2, 4, 8
+"""Points of a cost curve, as multiples of the first."""
+CONCEPTS = 1024
+"""At the first point of the curve over concepts."""
 KEPT = 16
 """Batches that the bare model is given, again and again: more would not fit every device."""
 BYTES = 4096, 2, 12
@@ -131,6 +137,8 @@ class Figure:
     pairs: int
     model: str
     what: str
+    size: float = np.nan
+    """Of a point of a cost curve: images, units, concepts or workers. NaN elsewhere."""
 
     @property
     def met(self) -> bool | None:
@@ -355,21 +363,29 @@ def collect_here(job: ActivationsJob) -> None:
     collect(HERE[0])
 
 
+def at_once(s: BenchSettings, folder: Path, counts: list[int]) -> dict[str, np.ndarray]:
+    """Seconds in which that many single-threaded processes collect from the same number of images each."""
+    one = replace(s, threads=1)
+    jobs = [
+        chain(one, folder / str(i), s.small_images, s.small, s.clip, ["mlp"]).activations for i in range(counts[-1])
+    ]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(fresh(s.device)) for _ in jobs]
+
+        def run(count: int) -> None:
+            pairs = zip(processes[:count], jobs[:count], strict=True)
+            for waiting in [process.submit(collect_here, job) for process, job in pairs]:
+                waiting.result()
+
+        return in_turn([timed(str(count), partial(run, count)) for count in counts], s.pairs)
+
+
 def workers(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     if s.device == "cuda":
         return  # two processes on one GPU are no more than one
-    one = replace(s, threads=1)
-    jobs = [chain(one, folder / str(i), s.small_images, s.small, s.clip, ["mlp"]).activations for i in range(2)]
-    with fresh(s.device) as first, fresh(s.device) as second:
-
-        def both() -> None:
-            for waiting in [p.submit(collect_here, job) for p, job in zip((first, second), jobs, strict=True)]:
-                waiting.result()
-
-        alone = timed("one", lambda: first.submit(collect_here, jobs[0]).result())
-        t = in_turn([alone, timed("two", both)], s.pairs)
+    t = at_once(s, folder, [1, 2])
     what = f"images per second of two workers / one, {os.cpu_count()} CPUs seen"
-    yield figure(s, "workers", t["one"], t["two"], s.small, what, scale=2)
+    yield figure(s, "workers", t["1"], t["2"], s.small, what, scale=2)
 
 
 def sweep(s: BenchSettings, folder: Path) -> Iterator[Figure]:
@@ -396,6 +412,55 @@ def sweep(s: BenchSettings, folder: Path) -> Iterator[Figure]:
         yield figure(s, f"sweep, {name}", seconds, stages, s.small, "share of all stages")
 
 
+def curves(s: BenchSettings, folder: Path) -> Iterator[Figure]:
+    """What images, units, concepts and workers cost, each alone: time as a multiple of the first point's."""
+    images, every = s.small_images, mlp_layers(s.small)
+    found: dict[float, Callable[[], dict[str, float]]] = {}
+    for times in GROWTH:
+        made = chain(replace(s, shard=images), folder / f"n{times}", times * images, s.small, s.clip, ["mlp"])
+        found[times * images] = partial(collect, ActivationsWorker(made.activations))
+    yield from curve(s, "images", found, "all", "collection, tables written")
+
+    found = {}
+    for times in GROWTH:
+        layers = every[:: -GROWTH[-1] // times][::-1]
+        made = chain(s, folder / f"u{times}", images, s.small, s.clip, layers)
+        found[sum(map(len, made.blocks))] = partial(collect, ActivationsWorker(made.activations))
+    yield from curve(s, "units", found, "pass", f"collection from {images:,} images, the last layer among the units'")
+
+    made, found = chain(s, folder / "c", images, s.small, s.small_clip, every[-1:]), {}
+    made.vocabulary()
+    for stage, worker, parts in made.workers():
+        if stage == "scores":
+            break
+        run_all(worker, parts)
+    for times in GROWTH:
+        job = made.scores(made.vocabulary(times * CONCEPTS))
+        found[times * CONCEPTS] = timed("all", lambda job=job: run_all(ScoresWorker(job), len(job.blocks)))
+    yield from curve(s, "concepts", found, "all", f"stage scores, {sum(map(len, made.blocks)):,} units")
+
+    if s.device == "cuda":
+        return
+    counts = [2**i for i in range((os.cpu_count() or 1).bit_length())]
+    t = at_once(s, folder / "w", counts)
+    for count in counts:
+        what = f"images per second of {count} workers / one"
+        yield replace(
+            figure(s, f"curve, {count} workers", t["1"], t[str(count)], s.small, what, scale=count), size=count
+        )
+
+
+def curve(
+    s: BenchSettings, kind: str, runs: dict[float, Callable[[], dict[str, float]]], seconds: str, what: str
+) -> Iterator[Figure]:
+    """One figure for each run, by its size: seconds / those of the first."""
+    t = in_turn([partial(named, str(size), run) for size, run in runs.items()], s.pairs)
+    first = min(runs)
+    for size in runs:
+        name, ratio = f"curve, {size:,} {kind}", f"{size:,} {kind} / {first:,}: {what}"
+        yield replace(figure(s, name, t[f"{size} {seconds}"], t[f"{first} {seconds}"], s.small, ratio), size=size)
+
+
 ROWS: dict[str, Callable[[BenchSettings, Path], Iterator[Figure]]] = {
     "collection": collection,
     "embedding": embedding,
@@ -403,6 +468,7 @@ ROWS: dict[str, Callable[[BenchSettings, Path], Iterator[Figure]]] = {
     "time": growth,
     "workers": workers,
     "sweep": sweep,
+    "curves": curves,
 }
 
 

@@ -39,6 +39,7 @@ WIDTH = 512
 """Of CLIP's vectors."""
 UNIT_BLOCK = 2048
 """The default of the config."""
+PATCHES = PatchesSettings(crops=CropSettings([0.5]))
 DISTINCT = 256
 """Pictures that are drawn; further files repeat them, each with bytes of its own behind the end of the picture."""
 
@@ -167,18 +168,31 @@ class Chain:
             found += len(rows)
         return found
 
-    def vocabulary(self) -> None:
-        """The shipped word list with vectors that no model made."""
+    def vocabulary(self, count: int = 0) -> Folder:
+        """The shipped word list, or as many words as are asked for, with vectors that no model made."""
         words = list({raw.concept: raw for raw in read_concepts(None) if raw.concept}.values())
-        ids = [f"{number:016x}" for number in range(len(words))]
-        none = [None] * len(words)
-        columns = {"concept_id": ids, "concept": [w.concept for w in words], "family": [w.family for w in words]}
-        columns |= {"prompt_id": none, "llm": none, "broader": none, "parent": none, "round": [0] * len(words)}
-        columns |= {"sources": [[]] * len(words), "synonyms": [[]] * len(words)}
-        vectors = unit_vectors(len(words), np.random.default_rng(self.probing.seed))
+        concepts = [f"word {number}" for number in range(count)] or [w.concept for w in words]
+        ids = [f"{number:016x}" for number in range(len(concepts))]
+        none = [None] * len(concepts)
+        columns = {"concept_id": ids, "concept": concepts, "family": none if count else [w.family for w in words]}
+        columns |= {"prompt_id": none, "llm": none, "broader": none, "parent": none, "round": [0] * len(concepts)}
+        columns |= {"sources": [[]] * len(concepts), "synonyms": [[]] * len(concepts)}
+        vectors = unit_vectors(len(concepts), np.random.default_rng(self.probing.seed))
         tables = {"concepts": make_table("concepts", columns)}
         tables["concept_embeddings"] = make_table("concept_embeddings", {"concept_id": ids, "embedding": vectors})
-        self.folder("vocabulary", "concepts", "concept_embeddings").write(0, tables)
+        folder = Folder(
+            StoreSettings(self.root), "vocabulary", str(count or "bench"), ("concepts", "concept_embeddings")
+        )
+        folder.write(0, tables)
+        return folder
+
+    def scores(self, vocabulary: Folder) -> ScoresJob:
+        """By the concepts of this vocabulary."""
+        exemplars, embeddings = self.folder("exemplars", "exemplars", "unit_stats"), self.embeddings
+        read = (self.activations.out, exemplars, embeddings.patches, embeddings.out, self.folder("image_embeddings"))
+        k = ActivationsSettings().k, PATCHES.k
+        out = self.folder("scores")
+        return ScoresJob(out, self.images, *read, vocabulary, self.blocks, ScorerSettings(), *k, self.threads)
 
     def workers(self):
         """(stage, its worker, its parts) in order; each worker is made when it is asked for."""
@@ -190,18 +204,15 @@ class Chain:
             self.folder("vocabulary", "concepts", "concept_embeddings"),
         )
         scores, explanations, validation = (self.folder(s) for s in ("scores", "explanations", "validation"))
-        settings = PatchesSettings(crops=CropSettings([0.5]))
         yield "probing", ProbingWorker(ProbingJob(images.folder, self.listing, self.probing)), self.shards
         job = ImageEmbeddingsJob(image_embeddings, images, self.clip, self.threads)
         yield "image_embeddings", ImageEmbeddingsWorker(job), self.shards
         yield "activations", ActivationsWorker(activations), self.shards
         yield "exemplars", ExemplarsWorker(ExemplarsJob(exemplars, images, activations.out, self.blocks, k)), units
-        job = PatchesJob(patches, self.model, exemplars, self.blocks, settings)
+        job = PatchesJob(patches, self.model, exemplars, self.blocks, PATCHES)
         yield "patches", PatchesWorker(job), self.shards
         yield "embeddings", EmbeddingsWorker(embeddings), self.shards
-        read = (activations.out, exemplars, patches, embeddings.out, image_embeddings, vocabulary)
-        job = ScoresJob(scores, images, *read, self.blocks, ScorerSettings(), k, settings.k, self.threads)
-        yield "scores", ScoresWorker(job), units
+        yield "scores", ScoresWorker(self.scores(vocabulary)), units
         job = ExplanationsJob(explanations, scores, exemplars, self.blocks, self.threads)
         yield "explanations", ExplanationsWorker(job), units
         read = (activations.out, image_embeddings, vocabulary, explanations)

@@ -83,6 +83,15 @@ def chart(title: str, x: Axis, y: Axis, points: Sequence[Point], diagonal: bool 
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>"]) + "\n"
 
 
+def grid(charts: Sequence[str]) -> str:
+    """Charts side by side, two in a row."""
+    rows = -(-len(charts) // 2)
+    size = f'viewBox="0 0 {2 * WIDTH} {rows * HEIGHT}" width="{2 * WIDTH}" height="{rows * HEIGHT}"'
+    places = [f'<svg x="{i % 2 * WIDTH}" y="{i // 2 * HEIGHT}" ' for i in range(len(charts))]
+    inner = [c.replace("<svg ", place, 1) for c, place in zip(charts, places, strict=True)]
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *inner, "</svg>"]) + "\n"
+
+
 def _name(point: Point, place: float, height: float, right: float, taken: list[tuple[float, float, float]]) -> str:
     """The point's name beside it, lower where another name already is; `taken` has left, right and line of those."""
     width = 7 * len(point.name)

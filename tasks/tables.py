@@ -310,6 +310,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "pairs": (I32, "how often both were measured, in turn"),
         "model": (STR, "name in timm; weights are random"),
         "what": (STR, "the ratio, and of how many images and units"),
+        "size": (F64, "images, units, concepts or workers of a point of a cost curve; null elsewhere"),
         "device": (STR, "cpu or cuda"),
         "hardware": (STR, "name of the processor or GPU"),
         "threads": (I32, "torch threads on a CPU"),
