@@ -123,8 +123,10 @@ class EvidenceStages:
         }
 
     def _target_pass(self) -> TargetPass:
-        config = self.config
-        return TargetPass(self.images, config.target, self.target.layers, self.dtype, config.cluster.threads)
+        config, about = self.config, self.target
+        return TargetPass(
+            self.images, config.target, about.layers, self.dtype, config.cluster.threads, about.channels_last
+        )
 
     def activations(self) -> None:
         config, parts = self.config, self.images.num_shards

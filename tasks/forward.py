@@ -7,7 +7,7 @@ every forward pass; where the layer's units are heads or latents, with what its 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class TargetPass:
     dtype: str
     threads: int
     """Torch threads on a CPU."""
+    channels_last: bool = True
+    """Whether the model takes images whose channels lie side by side: convolutions are then faster."""
 
 
 class _AllSeen(Exception):
@@ -50,7 +52,8 @@ class HookedTarget:
         self.device, self.dtype = worker_device(work.threads), DTYPES[work.dtype]
         self.layers = work.layers
         self.images, self.preprocess = work.images, target.preprocess
-        self.model = target.model.to(self.device, self.dtype)
+        self.layout = torch.channels_last if work.channels_last else torch.contiguous_format
+        self.model: Any = cast(Any, target.model).to(self.device, self.dtype, memory_format=self.layout)
         self.readers = readers(self.model, work.layers)
         self.shuffled = work.target.shuffled
 
@@ -71,7 +74,8 @@ class HookedTarget:
             yield batch, self._input(pixels)
 
     def _input(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.preprocess.normalise(pixels.to(self.device, non_blocking=True)).to(self.dtype)
+        x = self.preprocess.normalise(pixels.to(self.device, non_blocking=True))
+        return x.to(self.dtype, memory_format=self.layout)
 
     def run_arrays(self, arrays_NHWC: np.ndarray, on_layer: Callable[[Layer, Any], None]) -> None:
         """The same over uint8 arrays that are in no list, in whole batches: black images fill the last one up."""
@@ -120,6 +124,8 @@ class Description:
     class_names: list[str] | None
     num_classes: int | None
     """Width of the model's output; None where that is no [B, classes]."""
+    channels_last: bool
+    """False for a model whose own code needs the rows of a channel side by side (a `view` of a feature map)."""
 
 
 def describe(settings: TargetSettings, layers: LayersSettings) -> Description:
@@ -127,7 +133,11 @@ def describe(settings: TargetSettings, layers: LayersSettings) -> Description:
     target = load_target(settings)
     digest = target.digest()  # before modules of heads are put into the model
     found = find_layers(target.model, target.preprocess, layers, settings.prefix_tokens)
+    blank, channels_last = torch.zeros(1, 3, *target.preprocess.size), True
     with torch.inference_mode():
-        output = target.model(torch.zeros(1, 3, *target.preprocess.size))
+        try:
+            output = target.model(blank.to(memory_format=torch.channels_last))
+        except RuntimeError:
+            output, channels_last = target.model(blank), False
     num_classes = output.shape[1] if isinstance(output, torch.Tensor) and output.ndim == 2 else None
-    return Description(found, digest, target.preprocess, target.class_names, num_classes)
+    return Description(found, digest, target.preprocess, target.class_names, num_classes, channels_last)

@@ -176,10 +176,10 @@ class Preprocess:
         return found_NHWC
 
     def normalise(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] as the model was trained on."""
+        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] as the model was trained on; it stays channels last in memory."""
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float().div_(255)
         mean, std = (_channels(tuple(values), x_BCHW.device) for values in (self.mean, self.std))
-        return x_BCHW.sub_(mean).div_(std).contiguous()
+        return x_BCHW.sub_(mean).div_(std)
 
     def to_image(self, boxes_N4: np.ndarray, widths_N: np.ndarray, heights_N: np.ndarray) -> np.ndarray:
         """Boxes x0, y0, x1, y1 as shares of the model's input -> pixels of images of these sizes, cut at the edges."""

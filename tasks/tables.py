@@ -28,7 +28,7 @@ from tasks.columns import (
     UNIT,
 )  # fmt: skip
 
-VERSION = 6
+VERSION = 7
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {

@@ -77,6 +77,18 @@ def random_cnn() -> nn.Module:
     ).eval()
 
 
+class View(nn.Module):
+    """Flattens as code did before torch.flatten: only maps whose channels lie one behind the other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), -1)
+
+
+def viewing() -> nn.Module:
+    """random_cnn, flattened so."""
+    return nn.Sequential(*(View() if isinstance(part, nn.Flatten) else part for part in random_cnn())).eval()
+
+
 class Overflowing(nn.Module):
     """Unit 0 is infinite on bright images."""
 

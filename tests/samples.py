@@ -80,11 +80,11 @@ def collect(
     unit_block: int = 7,
 ) -> tuple[ActivationsJob, ExemplarsJob]:
     """Activations and exemplars of a target model over a probed dataset."""
-    store, found = StoreSettings(str(root)), describe(target, layers).layers
-    blocks = unit_blocks(found, unit_block)
+    store, about = StoreSettings(str(root)), describe(target, layers)
+    blocks = unit_blocks(about.layers, unit_block)
     out = Folder(store, "activations", "x", ("candidates", "stats", "pooled"))
     embeddings, settings = random_embeddings(root, images), ActivationsSettings(k)
-    model = TargetPass(images, target, found, "float32", 1)
+    model = TargetPass(images, target, about.layers, "float32", 1, about.channels_last)
     job = ActivationsJob(out, model, embeddings, blocks, layers.pool, settings)
     worker = ActivationsWorker(job)
     for part in range(images.num_shards):

@@ -1,5 +1,7 @@
 """Activations and exemplars equal a slow, obvious reference: unit by unit, rank by rank, on drawn images and photos."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,19 @@ def test_nonfinite_activations_are_counted_and_left_out(tmp_path, monkeypatch):
     assert stats[0]["nonfinite"] > 0
     assert stats[0]["nonfinite"] + stats[0]["count"] == images.ok.sum()
     assert all(np.isfinite(row["activation"]) for row in merged.out.read_all("exemplars").to_pylist())
+
+
+def test_a_model_that_views_its_maps_is_given_rows_of_channels(tmp_path):
+    """All others are given channels side by side; both collect the same."""
+    folder, stats = samples.draw_folder(tmp_path / "photos", 20), []
+    for name in ("random_cnn", "viewing"):
+        images = samples.probe(tmp_path / name, ProbingSettings(str(folder), batch_size=8, max_skipped=1))
+        target = replace(CNN, name=f"tests/models.py:{name}")
+        job, merged = samples.collect(tmp_path / name, images, target, LayersSettings(["conv", "logits"]))
+        assert job.model.channels_last == (name == "random_cnn")
+        stats.append(merged.out.read_all("unit_stats"))
+    for column in ("maximum", "mean", "minimum"):
+        np.testing.assert_allclose(*(table[column].to_numpy() for table in stats), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("names", "last"), [(["3"], 3), (["7", "2"], 7), (["0", "19"], 19), (["logits"], 22)])
