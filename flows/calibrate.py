@@ -1,18 +1,21 @@
-"""axonym calibrate: learn from planted units how probable it is that a name is right, and test it on other worlds.
+"""axonym calibrate: learn how probable it is that a name is right from units whose truth is known, and test it.
 
-In: runs=[a,b,...], finished sweeps on nets of two drawn worlds or more; out=FOLDER (default: calibration); the config's
-store. Out: in the folder calibration.json, learned from all of them, for neurons.calibration=; printed, and there as
-reliability.svg, how far its probabilities hold: each world's units by what the other worlds teach.
+In: runs=[a,b,...], finished sweeps of two sources or more; out=FOLDER (default: calibration); the config's store. A
+source is a drawn world, whose planted units are known, or a target, whose final layer's units are its classes.
+Out: in the folder calibration.json, learned from all of them, for neurons.calibration=; printed, and there as
+reliability.svg, how far its probabilities hold: each source's units by what the others teach.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from flows.benchmark import planted_units
 from flows.config import compose, flow_arguments
 from flows.run import Run, load_run
+from tasks.benchmark import class_concepts, final_layer
 from tasks.calibration import (
     calibration_error,
     error_interval,
@@ -24,6 +27,7 @@ from tasks.calibration import (
     together,
 )
 from tasks.charts import Axis, Point, chart
+from tasks.target import TargetSettings, load_target
 from tasks.world.judging import OFF, judge, wilson
 
 
@@ -34,48 +38,64 @@ def main(arguments: list[str]) -> int:
     scorers = sorted({run.config["scorer"]["name"] for run in runs})
     if len(scorers) > 1:
         raise ValueError(f"runs={own['runs']}: their scorers differ ({', '.join(scorers)}); margins cannot be compared")
-    found = [(run.config["world"], planted(run)) for run in runs]
-    units = {world: together([units for of, units in found if of == world]) for world, _ in found}
+    found = [known(run) for run in runs]
+    units = {source: together([u for of, u in found if of == source]) for source, _ in found}
     if len(units) < 2:
-        raise ValueError(f"runs={own['runs']}: all of one world; give runs of two worlds or more")
+        raise ValueError(f"runs={own['runs']}: all of {next(iter(units))}; give runs of two worlds or targets")
     folder = Path(own["out"])
     folder.mkdir(parents=True, exist_ok=True)
     print("\n".join(tested(units, scorers[0], folder)))
-    learned = fit(*together([*units.values()]), scorers[0], [Path(world).name for world in units])
+    learned = fit(*together([*units.values()]), scorers[0], [Path(source).name for source in units])
     save(learned, str(folder / "calibration.json"))
     print(f"learned from all {learned.units:,}: use it with  neurons.calibration={folder / 'calibration.json'}")
     return 0
 
 
-def planted(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence [U, F] of the run's planted units that have a name, and whether it is right, bool [U].
+def known(run: Run) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
+    """The run's source; evidence [U, F] of its named units whose truth is known, and whether the names are right [U].
 
     Raises ValueError where the run has no such units or is not finished.
     """
-    truth = planted_units(run.config["world"], run.config["target"]["checkpoint"])
-    if truth is None:
-        raise ValueError(f"runs={run.name}: not of a trained net of a drawn world")
     if len(run.folder("neurons").done() if "neurons" in run.stages else ()) < run.parts.get("neurons", 1):
         raise ValueError(f"runs={run.name}: the sweep is not finished; run the same command again")
+    truth, target = planted_units(run.config["world"], run.config["target"]["checkpoint"]), run.config["target"]["name"]
+    source, verdicts = (target, classes(run)) if truth is None else (run.config["world"], planted(run, truth))
     explanations = run.folder(run.last("explanations")).read_all("explanations")
     validation = run.folder("validation").read_all("validation")
     units = zip(validation["layer"].to_pylist(), validation["unit"].to_pylist(), strict=True)
-    known = dict(zip(units, evidence(explanations, validation), strict=True))
-    verdicts = [
-        (known[v.truth["layer"], v.truth["unit"]], v.first and v.truth["kind"] != "noise")
+    evidence_of = dict(zip(units, evidence(explanations, validation), strict=True))
+    found = [(evidence_of[unit], right) for unit, right in verdicts if np.isfinite(evidence_of[unit]).all()]
+    return source, (np.array([e for e, _ in found]), np.array([right for _, right in found], bool))
+
+
+def planted(run: Run, truth: pa.Table) -> list[tuple[tuple[str, int], bool]]:
+    """Planted units that have a name, and whether it says what they were planted for."""
+    return [
+        ((v.truth["layer"], v.truth["unit"]), v.first and v.truth["kind"] != "noise")
         for v in judge(run.folder("neurons").read_all("neurons"), truth)
         if v.truth["kind"] not in OFF
     ]
-    finite = [(found, right) for found, right in verdicts if np.isfinite(found).all()]
-    return np.array([found for found, _ in finite]), np.array([right for _, right in finite], bool)
+
+
+def classes(run: Run) -> list[tuple[tuple[str, int], bool]]:
+    """Units of the final layer whose class is a concept, and whether that is their name."""
+    names = load_target(TargetSettings(**run.config["target"]), weights=False).class_names or []
+    rows = run.folder("neurons").read_all("neurons", columns=["layer", "unit", "phrase"]).to_pylist()
+    final = final_layer([row["layer"] for row in rows], names) if names else None
+    if final is None:
+        wanted = "neither of a trained net of a drawn world nor with a layer whose units are the target's class names"
+        raise ValueError(f"runs={run.name}: {wanted}")
+    own = class_concepts(run.folder("vocabulary"), names)
+    named = [row for row in rows if row["layer"] == final and row["phrase"] and own[row["unit"]]]
+    return [((final, row["unit"]), row["phrase"] == own[row["unit"]]) for row in named]
 
 
 def tested(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str, folder: Path) -> list[str]:
-    """Each world by what the others teach: lines of text, and the picture in the folder."""
+    """Each source by what the others teach: lines of text, and the picture in the folder."""
     probability, right = held_out(units, scorer)
     bins, (low, high) = reliability(probability, right), error_interval(probability, right)
     points = [Point(b.probability, b.right, "", *wilson(round(b.right * b.units), b.units)) for b in bins]
-    title = f"{len(right):,} names of planted units of {len(units)} worlds, each by what the others teach"
+    title = f"{len(right):,} names of {len(units)} sources, each by what the others teach"
     picture = chart(
         title, Axis("probability that the name is right", 0, 1), Axis("share that is right", 0, 1), points, True
     )

@@ -7,7 +7,7 @@ one: planted units, class names, human descriptions. Out: the benchmark table, o
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -80,6 +80,19 @@ class Figure(NamedTuple):
     units: int
 
 
+def final_layer(layers: Iterable[str], class_names: list[str]) -> str | None:
+    """The layer whose units are the classes, the last of that width; `layers` has the layer of every unit."""
+    found = [layer for layer, units in Counter(layers).items() if units == len(class_names)]
+    return found[-1] if found else None
+
+
+def class_concepts(vocabulary: Folder, class_names: list[str]) -> list[str | None]:
+    """The concept that each class name was merged into; None where the vocabulary has no such concept."""
+    rows = vocabulary.read_all("concepts", columns=["concept", "synonyms"]).to_pylist()
+    concept = {name.lower(): row["concept"] for row in rows for name in (row["concept"], *(row["synonyms"] or []))}
+    return [concept.get(class_concept(name).lower()) for name in class_names]
+
+
 class BenchmarkWorker:
     """Judges the names of all scorers."""
 
@@ -95,12 +108,7 @@ class BenchmarkWorker:
 
     @cached_property
     def final(self) -> str | None:
-        """The layer whose units are the classes, the last of that width."""
-        width = Counter[str]()
-        for block in self.job.blocks:
-            width[block.layer] += len(block)
-        found = [layer for layer, units in width.items() if units == len(self.job.class_names)]
-        return found[-1] if found else None
+        return final_layer([block.layer for block in self.job.blocks for _ in range(len(block))], self.job.class_names)
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
@@ -144,10 +152,7 @@ class BenchmarkWorker:
 
     @cached_property
     def _class_concepts(self) -> list[str | None]:
-        """The concept that each class name was merged into; None where the vocabulary has no such concept."""
-        rows = self.job.vocabulary.read_all("concepts", columns=["concept", "synonyms"]).to_pylist()
-        concept = {name.lower(): row["concept"] for row in rows for name in (row["concept"], *(row["synonyms"] or []))}
-        return [concept.get(class_concept(name).lower()) for name in self.job.class_names]
+        return class_concepts(self.job.vocabulary, self.job.class_names)
 
     @cached_property
     def _descriptions(self) -> dict[tuple[str, int], list[np.ndarray]]:

@@ -1,7 +1,8 @@
 """Calibration: how probable it is that a name is right.
 
-In: evidence of units whose truth is known (the planted units of drawn worlds), and whether their names were right. Out:
-a Calibration, which turns the evidence of any unit into a probability; how far its probabilities are from the truth.
+In: evidence of units whose truth is known (planted units of drawn worlds, final layers), and whether their names were
+right. Out: a Calibration, which turns the evidence of any unit into a probability; how far its probabilities are from
+the truth.
 
 Shapes: U units, F = len(FEATURES).
 """
@@ -29,8 +30,8 @@ class Calibration:
 
     scorer: str
     """The scorer that made the names: the margin is a difference of its values."""
-    worlds: list[str]
-    """Names of the drawn worlds whose planted units it was learned from."""
+    sources: list[str]
+    """Drawn worlds whose planted units it was learned from, models whose classes."""
     units: int
     centre: list[float]
     scale: list[float]
@@ -70,7 +71,7 @@ def evidence(explanations: pa.Table, validation: pa.Table) -> np.ndarray:
     return np.stack([np.arctanh(confidence.clip(-0.999, 0.999)), np.log(margin.clip(1e-3)), match], 1)
 
 
-def fit(evidence_UF: np.ndarray, right_U: np.ndarray, scorer: str, worlds: list[str]) -> Calibration:
+def fit(evidence_UF: np.ndarray, right_U: np.ndarray, scorer: str, sources: list[str]) -> Calibration:
     """Learn from units whose evidence is finite and whose names are known to be right or not.
 
     The logistic regression has a ridge penalty on all but the constant; isotonic regression (Zadrozny and Elkan 2002)
@@ -95,7 +96,7 @@ def fit(evidence_UF: np.ndarray, right_U: np.ndarray, scorer: str, worlds: list[
     known = steps.x[ends].clip(1 / (len(order) + 2), 1 - 1 / (len(order) + 2))
     return Calibration(
         scorer,
-        worlds,
+        sources,
         len(order),
         *(values.tolist() for values in (centre, scale, weights, score_U[order][ends], known)),
     )
@@ -130,18 +131,18 @@ def error_interval(probability_U: np.ndarray, right_U: np.ndarray) -> tuple[floa
 
 
 def together(units: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence and right of several worlds, one after the other."""
+    """Evidence and right of several sources, one after the other."""
     return np.concatenate([found for found, _ in units]), np.concatenate([right for _, right in units])
 
 
 def held_out(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of the units of every world by what the other worlds teach, and whether their names are right.
+    """Probabilities of the units of every source by what the others teach, and whether their names are right.
 
-    `units` has evidence [U, F] and right [U] by world, two worlds at least.
+    `units` has evidence [U, F] and right [U] by source, two at least.
     """
     found = []
-    for world in units:
-        others = [name for name in units if name != world]
+    for source in units:
+        others = [name for name in units if name != source]
         taught = fit(*together([units[name] for name in others]), scorer, others)
-        found.append((taught.probability(units[world][0]), units[world][1]))
+        found.append((taught.probability(units[source][0]), units[source][1]))
     return together(found)

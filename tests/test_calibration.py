@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flows.calibrate import known, main
 from flows.config import compose
+from flows.run import load_run
+from flows.sweep import Sweep
 from tasks.calibration import (
     FEATURES,
     calibration_error,
@@ -22,6 +25,7 @@ from tasks.calibration import (
     save,
 )
 from tasks.charts import Axis, Point, chart
+from tests import samples
 
 
 def drawn(count, seed, slope=2.0):
@@ -118,7 +122,67 @@ def test_another_file_is_refused(tmp_path, text):
 def test_shipped_calibration_is_of_the_default_scorer_and_of_other_worlds():
     config = compose([])
     assert load(config.neurons.calibration, config.scorer.name).units >= 500
-    assert "weights" not in load(config.neurons.calibration, config.scorer.name).worlds  # the shipped world's folder
+    assert "weights" not in load(config.neurons.calibration, config.scorer.name).sources  # the shipped world's folder
+
+
+WORDS = [
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "tree",
+    "car",
+    "road",
+    "sea",
+    "sand",
+    "snow",
+    "fire",
+    "rain",
+    "hat",
+    "cup",
+    "door",
+    "lamp",
+]
+
+
+def finished(root, run, names, model="test_resnet"):
+    """A sweep whose classes and vocabulary are these names."""
+    (root / f"{run}.txt").write_text("\n".join(names))
+    arguments = [
+        *samples.sweep_arguments(root / run),
+        *("target.source=timm", f"target.name={model}", "target.pretrained=false", "layers.names=[logits]"),
+        *(f"target.kwargs={{num_classes: {len(names)}}}", f"target.class_names={root}/{run}.txt"),
+        *("target.preprocess={size: [64, 64], resize_to: [64, 64]}", "vocabulary.source=class_names"),
+        *("vocabulary.path=null", f"store.root={root}/store", f"run={run}", "cluster=none"),
+    ]
+    Sweep(compose(arguments)).run()
+    return load_run(compose(arguments).store, run)
+
+
+def test_a_final_layer_teaches_and_is_judged_by_another_target(tmp_path, capsys):
+    """Classes are called what the net was named before where no two units share the name, so some names are right."""
+    named = finished(tmp_path, "first", WORDS).folder("neurons").read_all("neurons")["phrase"].to_pylist()
+    once = [name if name and named.index(name) == i else None for i, name in enumerate(named)]
+    free = iter(word for word in WORDS if word not in once)
+    classes = [name or next(free) for name in once]
+    run = finished(tmp_path, "second", classes)
+    named = run.folder("neurons").read_all("neurons")["phrase"].to_pylist()
+    source, (found, right) = known(run)
+    assert source == "test_resnet"
+    assert right.tolist() == [name == own for name, own in zip(named, classes, strict=True) if name]
+    assert 0 < right.sum() < len(right)
+    assert found.shape == (len(right), len(FEATURES))
+    finished(tmp_path, "third", WORDS, "test_vit")
+    assert main(["runs=[second,third]", f"out={tmp_path}/made", f"store.root={tmp_path}/store"]) == 0
+    assert "of 2 sources" in capsys.readouterr().out
+    assert load(str(tmp_path / "made/calibration.json"), "joint").sources == ["test_resnet", "test_vit"]
+    assert "circle" in (tmp_path / "made/reliability.svg").read_text()
+
+
+def test_runs_of_one_source_are_refused(tmp_path):
+    finished(tmp_path, "one", WORDS)
+    with pytest.raises(ValueError, match=r"^runs=one,one: all of test_resnet; give runs of two worlds or targets"):
+        main(["runs=one,one", f"store.root={tmp_path}/store"])
 
 
 def test_chart_names_every_point_once_and_apart():
