@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.special import stdtrit
 
 from tasks.calibration import SHIPPED, Calibration, evidence, load
 from tasks.layers import Block
@@ -150,6 +149,8 @@ def predicted(nets: list[pa.Table], confidence: float) -> dict[tuple[str, str], 
     The upper end of a prediction interval, mean + t s sqrt(1 + 1/n), over the nets' values on Fisher's scale: one net
     follows blue closely, the next one hardly at all, and the largest of n is exceeded by every (n + 1)th.
     """
+    from scipy.special import stdtrit  # Student's t; here, because only runs with a twin need it
+
     rows = pa.concat_tables(nets)
     z = pa.array(np.arctanh(rows["correlation"].to_numpy().astype(np.float64).clip(-0.999, 0.999)), from_pandas=True)
     groups = rows.select(["layer", "concept"]).append_column("z", z).group_by(["layer", "concept"], use_threads=False)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +90,12 @@ def test_everything_is_measured_where_only_torch_is_installed(tmp_path):
     table = pq.read_table(tmp_path / "b.parquet")
     assert table.schema.equals(SCHEMAS["bench"])
     rows = {row["name"]: row for row in table.to_pylist()}
-    assert [name for name in rows if not name.startswith("sweep, ")] == [
+    assert [name for name in rows if not name.startswith(("sweep, ", "curve, "))] == [
         "collection", "collection, files", "collection, tables", "bytes", "embedding", "memory", "time, images",
         "time, units", "workers", "sweep",
     ]  # fmt: skip
     for name, row in rows.items():
-        scale = 2 if name == "workers" else 1
+        scale = row["size"] if name.endswith(" workers") else 2 if name == "workers" else 1
         assert row["value"] == pytest.approx(scale * row["base"] / row["ours"])
         assert 0 < row["low"] <= row["value"] <= row["high"]
         assert name in done.stdout
@@ -106,4 +107,10 @@ def test_everything_is_measured_where_only_torch_is_installed(tmp_path):
     assert sum(shares.values()) == pytest.approx(1)
     assert "without validation, neurons: no scipy" in rows["sweep"]["what"]
     assert rows["bytes"]["base"] > 0
+    curves = {name: row["size"] for name, row in rows.items() if row["size"] is not None}
+    assert list(curves)[:3] == ["curve, 8 images", "curve, 16 images", "curve, 32 images"]
+    assert {name.split()[-1] for name in curves} == {"images", "units", "concepts", "workers"}
+    assert all(rows[name]["value"] == 1 for name in ("curve, 8 images", "curve, 1,024 concepts", "curve, 1 workers"))
+    points = xml.fromstring((tmp_path / "b.svg").read_text()).iter("{http://www.w3.org/2000/svg}circle")
+    assert len(list(points)) == len(curves)
     assert "torch 2" in rows["sweep"]["versions"]
