@@ -71,8 +71,12 @@ def chart(title: str, x: Axis, y: Axis, points: Sequence[Point], diagonal: bool 
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
         parts.append(f'<path class="guide" d="M{across(low)} {down(low)} L{across(high)} {down(high)}"/>')
-    taken: list[tuple[float, float, float]] = []
-    for p in sorted(points, key=lambda p: -p.y):
+    taken = [(across(p.x) - 5, across(p.x) + 5, down(p.y), 9) for p in points]
+
+    def near(p: Point) -> int:
+        return sum(abs(across(p.x) - across(q.x)) < 60 and abs(down(p.y) - down(q.y)) < 30 for q in points)
+
+    for p in sorted(points, key=lambda p: (near(p), -p.y)):  # who stands alone gets the place beside it
         place, height, kind = across(p.x), down(p.y), "chosen" if p.chosen else "point"
         if p.lower is not None and p.upper is not None:
             parts.append(f'<path class="bar" d="M{place} {down(p.lower)} V{down(p.upper)}"/>')
@@ -92,13 +96,17 @@ def grid(charts: Sequence[str]) -> str:
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *inner, "</svg>"]) + "\n"
 
 
-def _name(point: Point, place: float, height: float, right: float, taken: list[tuple[float, float, float]]) -> str:
-    """The point's name beside it, lower where another name already is; `taken` has left, right and line of those."""
+def _name(point: Point, place: float, height: float, right: float, taken: list[tuple[float, float, float, int]]) -> str:
+    """The point's name behind it, or else before it, or else lower: where no point and no other name is. `taken` has
+    left, right and middle of those, and how far a line of text must stay away from it."""
     width = 7 * len(point.name)
-    anchor, start = ("start", place + 7) if place + 7 + width < right else ("end", place - 7 - width)
-    while any(start < last and first < start + width and abs(height - line) < LINE - 2 for first, last, line in taken):
-        height += 2
-    taken.append((start, start + width, height))
-    x = start if anchor == "start" else start + width
-    kind = ' class="chosen"' if point.chosen else ""
-    return f'<text{kind} x="{x}" y="{height + 4}" text-anchor="{anchor}">{escape(point.name)}</text>'
+    for shift in range(0, HEIGHT, 2):
+        for anchor, start in (("start", place + 7), ("end", place - 7 - width)):
+            line = height + shift
+            met = any(start < b and a < start + width and abs(line - y) < gap for a, b, y, gap in taken)
+            if not met and start + width < right:
+                taken.append((start, start + width, line, LINE - 2))
+                x = start if anchor == "start" else start + width
+                kind = ' class="chosen"' if point.chosen else ""
+                return f'<text{kind} x="{x}" y="{line + 4}" text-anchor="{anchor}">{escape(point.name)}</text>'
+    return ""
