@@ -66,9 +66,9 @@ class BenchSettings:
     small_clip: str = "vit_small_patch32_224"
     """The same for the sweep."""
     images: int = 0
-    """Images of the rows collection and bytes, on a GPU of embedding too; 0: 32 on a CPU, 8,192 on a GPU."""
+    """Images of the rows collection and bytes, on a GPU of embedding too; 0: 256 on a CPU, 8,192 on a GPU."""
     small_images: int = 0
-    """The same of the other rows; 0: 16 on a CPU, 512 on a GPU."""
+    """The same of the other rows; 0: 256 on a CPU, 512 on a GPU."""
     side: int = 400
     """Longer side of the JPEG files, pixels."""
     crops: int = 2
@@ -109,7 +109,7 @@ class BenchSettings:
 
     def on(self, device: str) -> "BenchSettings":
         """With the sizes of this device where none are given."""
-        images, small, batch, shard = (8192, 512, 128, 8192) if device == "cuda" else (32, 16, 16, 1024)
+        images, small, batch, shard = (8192, 512, 128, 8192) if device == "cuda" else (256, 256, 16, 1024)
         own = {"images": images, "small_images": small, "batch": batch, "shard": shard}
         chosen = {key: getattr(self, key) or value for key, value in own.items()}
         dtype = {"cpu": "float32", "cuda": "float16"}[device] if self.dtype == "auto" else self.dtype

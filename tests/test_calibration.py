@@ -191,5 +191,7 @@ def test_chart_names_every_point_once_and_apart():
     texts = xml.fromstring(text).iter("{http://www.w3.org/2000/svg}text")
     names = [e for e in texts if (e.text or "").startswith("point")]
     assert sorted(e.text for e in names) == sorted(p.name for p in points)
-    places = sorted(float(e.get("y")) for e in names)
-    assert min(np.diff(places)) >= 12
+    for side in ("start", "end"):  # behind the points, before them
+        places = sorted(float(e.get("y")) for e in names if e.get("text-anchor") == side)
+        assert len(places) > 1
+        assert min(np.diff(places)) >= 12
