@@ -15,9 +15,9 @@ import pyarrow as pa
 from flows.benchmark import planted_units
 from flows.config import compose, flow_arguments
 from flows.run import Run, load_run
-from tasks.benchmark import class_concepts, final_layer
 from tasks.calibration import (
     calibration_error,
+    class_units,
     error_interval,
     evidence,
     fit,
@@ -58,36 +58,31 @@ def known(run: Run) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
     """
     if len(run.folder("neurons").done() if "neurons" in run.stages else ()) < run.parts.get("neurons", 1):
         raise ValueError(f"runs={run.name}: the sweep is not finished; run the same command again")
-    truth, target = planted_units(run.config["world"], run.config["target"]["checkpoint"]), run.config["target"]["name"]
-    source, verdicts = (target, classes(run)) if truth is None else (run.config["world"], planted(run, truth))
+    config = run.config
     explanations = run.folder(run.last("explanations")).read_all("explanations")
     validation = run.folder("validation").read_all("validation")
+    truth = planted_units(config["world"], config["target"]["checkpoint"])
+    if truth is not None:
+        return config["world"], planted(run, truth, evidence(explanations, validation), validation)
+    names = load_target(TargetSettings(**config["target"]), weights=False).class_names or []
+    found, right = class_units(explanations, validation, names, run.folder("vocabulary"))
+    if not len(right):
+        wanted = "neither of a trained net of a drawn world nor with a layer whose units are the target's class names"
+        raise ValueError(f"runs={run.name}: {wanted}")
+    return config["target"]["name"], (found, right)
+
+
+def planted(run: Run, truth: pa.Table, evidence_UF: np.ndarray, validation: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """The same of planted units: right is what names the unit's concept, and nothing about noise."""
     units = zip(validation["layer"].to_pylist(), validation["unit"].to_pylist(), strict=True)
-    evidence_of = dict(zip(units, evidence(explanations, validation), strict=True))
-    found = [(evidence_of[unit], right) for unit, right in verdicts if np.isfinite(evidence_of[unit]).all()]
-    return source, (np.array([e for e, _ in found]), np.array([right for _, right in found], bool))
-
-
-def planted(run: Run, truth: pa.Table) -> list[tuple[tuple[str, int], bool]]:
-    """Planted units that have a name, and whether it says what they were planted for."""
-    return [
-        ((v.truth["layer"], v.truth["unit"]), v.first and v.truth["kind"] != "noise")
+    evidence_of = dict(zip(units, evidence_UF, strict=True))
+    verdicts = [
+        (evidence_of[v.truth["layer"], v.truth["unit"]], v.first and v.truth["kind"] != "noise")
         for v in judge(run.folder("neurons").read_all("neurons"), truth)
         if v.truth["kind"] not in OFF
     ]
-
-
-def classes(run: Run) -> list[tuple[tuple[str, int], bool]]:
-    """Units of the final layer whose class is a concept, and whether that is their name."""
-    names = load_target(TargetSettings(**run.config["target"]), weights=False).class_names or []
-    rows = run.folder("neurons").read_all("neurons", columns=["layer", "unit", "phrase"]).to_pylist()
-    final = final_layer([row["layer"] for row in rows], names) if names else None
-    if final is None:
-        wanted = "neither of a trained net of a drawn world nor with a layer whose units are the target's class names"
-        raise ValueError(f"runs={run.name}: {wanted}")
-    own = class_concepts(run.folder("vocabulary"), names)
-    named = [row for row in rows if row["layer"] == final and row["phrase"] and own[row["unit"]]]
-    return [((final, row["unit"]), row["phrase"] == own[row["unit"]]) for row in named]
+    finite = [(found, right) for found, right in verdicts if np.isfinite(found).all()]
+    return np.array([found for found, _ in finite]), np.array([right for _, right in finite], bool)
 
 
 def tested(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str, folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ one: planted units, class names, human descriptions. Out: the benchmark table, o
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from tasks.cleaning import class_concept
+from tasks.classes import class_concepts, final_layer
 from tasks.clip import Clip, ClipSettings
 from tasks.correlation import correlations, read_block
 from tasks.forward import worker_device
@@ -78,19 +78,6 @@ class Figure(NamedTuple):
     lower: float
     upper: float
     units: int
-
-
-def final_layer(layers: Iterable[str], class_names: list[str]) -> str | None:
-    """The layer whose units are the classes, the last of that width; `layers` has the layer of every unit."""
-    found = [layer for layer, units in Counter(layers).items() if units == len(class_names)]
-    return found[-1] if found else None
-
-
-def class_concepts(vocabulary: Folder, class_names: list[str]) -> list[str | None]:
-    """The concept that each class name was merged into; None where the vocabulary has no such concept."""
-    rows = vocabulary.read_all("concepts", columns=["concept", "synonyms"]).to_pylist()
-    concept = {name.lower(): row["concept"] for row in rows for name in (row["concept"], *(row["synonyms"] or []))}
-    return [concept.get(class_concept(name).lower()) for name in class_names]
 
 
 class BenchmarkWorker:

@@ -15,6 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from tasks.classes import class_concepts, final_layer
+from tasks.store import Folder
+
+AUTO = "auto"
+CLASSES = 200
+"""Units of a final layer that are enough to learn from."""
 SHIPPED = Path(__file__).parent / "calibration.json"
 FEATURES = ("confidence", "margin", "match")
 """Correlation on validate (by Fisher's transform), the logarithm of the lead over the second best concept, the share of
@@ -69,6 +75,22 @@ def evidence(explanations: pa.Table, validation: pa.Table) -> np.ndarray:
         for column in (validation["correlation"], explanations["margin"], explanations["match"])
     )
     return np.stack([np.arctanh(confidence.clip(-0.999, 0.999)), np.log(margin.clip(1e-3)), match], 1)
+
+
+def class_units(
+    explanations: pa.Table, validation: pa.Table, class_names: list[str], vocabulary: Folder
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evidence [U, F] of the final layer's units that have a name and whose class is a concept, and whether that is the
+    name, bool [U]; of the units of both tables, row by row. Nothing where no layer's units are the classes."""
+    layer, unit = np.array(explanations["layer"].to_pylist()), explanations["unit"].to_numpy()
+    final, own = final_layer(layer.tolist(), class_names), class_concepts(vocabulary, class_names)
+    rows = np.flatnonzero(layer == final) if class_names and final else np.zeros(0, int)
+    rows = np.array([row for row in rows if own[unit[row]]], int)
+    found = evidence(explanations.take(rows), validation.take(rows))
+    named = explanations["phrase"].take(pa.array(rows)).to_pylist()
+    right = np.array([name == own[i] for name, i in zip(named, unit[rows], strict=True)], bool)
+    known = np.isfinite(found).all(1)
+    return found[known], right[known]
 
 
 def fit(evidence_UF: np.ndarray, right_U: np.ndarray, scorer: str, sources: list[str]) -> Calibration:

@@ -1,11 +1,12 @@
-"""The class of every image: its label's, or what the target model says.
+"""The class of every image: its label's, or what the target model says; the layer and the concepts of the classes.
 
 In: labels of the probing dataset, the target model's class names. Out: the index of the class by label; the index by
-image, and which images there are of each class.
+image, and which images there are of each class; which layer's units are the classes, and what each is called.
 """
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,19 @@ def class_of_label(labels: set[str], class_names: list[str] | None, num_classes:
         wnids = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
         known |= {label: wnids[label] for label in labels if label in wnids}
     return {label: index for label, index in sorted(known.items()) if index is not None}
+
+
+def final_layer(layers: Iterable[str], class_names: list[str]) -> str | None:
+    """The layer whose units are the classes, the last of that width; `layers` has the layer of every unit."""
+    found = [layer for layer, units in Counter(layers).items() if units == len(class_names)]
+    return found[-1] if found else None
+
+
+def class_concepts(vocabulary: Folder, class_names: list[str]) -> list[str | None]:
+    """The concept that each class name was merged into; None where the vocabulary has no such concept."""
+    rows = vocabulary.read_all("concepts", columns=["concept", "synonyms"]).to_pylist()
+    concept = {name.lower(): row["concept"] for row in rows for name in (row["concept"], *(row["synonyms"] or []))}
+    return [concept.get(class_concept(name).lower()) for name in class_names]
 
 
 def labelled(images: ImageList, index_of: dict[str, int]) -> np.ndarray:

@@ -15,6 +15,7 @@ from flows.run import load_run
 from flows.sweep import Sweep
 from tasks.calibration import (
     FEATURES,
+    SHIPPED,
     calibration_error,
     error_interval,
     evidence,
@@ -120,9 +121,9 @@ def test_another_file_is_refused(tmp_path, text):
 
 
 def test_shipped_calibration_is_of_the_default_scorer_and_of_other_worlds():
-    config = compose([])
-    assert load(config.neurons.calibration, config.scorer.name).units >= 500
-    assert "weights" not in load(config.neurons.calibration, config.scorer.name).sources  # the shipped world's folder
+    shipped = load(str(SHIPPED), compose([]).scorer.name)
+    assert shipped.units >= 500
+    assert "weights" not in shipped.sources  # the shipped world's folder
 
 
 WORDS = [
@@ -166,10 +167,11 @@ def test_a_final_layer_teaches_and_is_judged_by_another_target(tmp_path, capsys)
     free = iter(word for word in WORDS if word not in once)
     classes = [name or next(free) for name in once]
     run = finished(tmp_path, "second", classes)
-    named = run.folder("neurons").read_all("neurons")["phrase"].to_pylist()
+    named = run.folder("explanations").read_all("explanations")["phrase"].to_pylist()
+    varies = run.folder("validation").read_all("validation")["correlation"].is_valid().to_pylist()
     source, (found, right) = known(run)
     assert source == "test_resnet"
-    assert right.tolist() == [name == own for name, own in zip(named, classes, strict=True) if name]
+    assert right.tolist() == [n == own for n, own, v in zip(named, classes, varies, strict=True) if n and v]
     assert 0 < right.sum() < len(right)
     assert found.shape == (len(right), len(FEATURES))
     finished(tmp_path, "third", WORDS, "test_vit")
@@ -177,6 +179,20 @@ def test_a_final_layer_teaches_and_is_judged_by_another_target(tmp_path, capsys)
     assert "of 2 sources" in capsys.readouterr().out
     assert load(str(tmp_path / "made/calibration.json"), "joint").sources == ["test_resnet", "test_vit"]
     assert "circle" in (tmp_path / "made/reliability.svg").read_text()
+
+
+def test_probabilities_are_learned_from_the_own_final_layer_where_it_has_classes_enough(tmp_path):
+    """Else they are those of the shipped file."""
+    for count, sources in ((240, ["classes of test_resnet"]), (30, load(str(SHIPPED), "joint").sources)):
+        run = finished(tmp_path, f"of{count}", [f"{a} {b}" for a in WORDS for b in WORDS if a != b][:count])
+        explanations = run.folder("explanations").read_all("explanations")
+        evidences = evidence(explanations, run.folder("validation").read_all("validation"))
+        learned = fit(*known(run)[1], "joint", sources) if count == 240 else load(str(SHIPPED), "joint")
+        neurons = run.folder("neurons").read_all("neurons")
+        live = [status in ("explained", "ambiguous", "unexplained") for status in neurons["status"].to_pylist()]
+        told = np.array(neurons["probability"].to_pylist(), float)
+        np.testing.assert_allclose(told, np.where(live, learned.probability(evidences), np.nan), rtol=1e-6)
+        assert np.isfinite(told).any()
 
 
 def test_runs_of_one_source_are_refused(tmp_path):
