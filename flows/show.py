@@ -72,7 +72,7 @@ def _verdict(neuron: dict[str, Any], check: dict[str, Any]) -> list[str]:
         found += f", 95% interval {neuron['lower']:.2f} to {neuron['upper']:.2f}"
     lines.append(found + ("" if neuron["q"] is None else f", q = {neuron['q']:.2g}"))
     if neuron["probability"] is not None:
-        lines.append(f"probability {neuron['probability']:.2f} that the name is right, by units whose truth is known")
+        lines.append(f"probability {neuron['probability']:.2f} that the name is right")
     lines.append(f"bar         {neuron['bar']:.2f}: the interval must lie above it")
     if neuron["status"] == "ambiguous" and check["rival"] is not None:
         lines.append(plain(f"rival name  {check['rival']}"))

@@ -30,7 +30,7 @@ from flows.config import Config, compose, multirun
 from flows.evidence import MODEL
 from flows.run import Run
 from flows.vocabulary import round_of
-from tasks.calibration import AUTO, CLASSES, SHIPPED, Calibration, class_units, fit, load
+from tasks.calibration import load
 from tasks.chance import ChanceJob
 from tasks.clip import clip_identity
 from tasks.clusters import RefineSettings
@@ -262,7 +262,8 @@ class Sweep(CausesStages):
         self._stage(job, chosen.twin_nets, "net")
 
     def neurons(self) -> None:
-        learned = self._calibration()
+        path = self.config.neurons.calibration
+        learned = load(path, self.config.scorer.name) if path else None
         payload = asdict(self.config.neurons) | {"validation": self.hash("validation")}
         payload["calibration"] = learned and asdict(learned)
         if self.twin:
@@ -277,21 +278,6 @@ class Sweep(CausesStages):
             job.twin, job.twin_names = self.twin.folder("validation"), self.twin.folder("explanations")
             job.chance = self.twin.folder("chance")
         self._stage(job, self.num_units, "unit")
-
-    def _calibration(self) -> Calibration | None:
-        """What the probability of a name is computed with."""
-        source, scorer = self.config.neurons.calibration, self.config.scorer.name
-        if source != AUTO:
-            return load(source, scorer) if source else None
-        explanations = self.folder("explanations").read_all(
-            "explanations", columns=["layer", "unit", "phrase", "margin", "match"]
-        )
-        validation = self.folder("validation").read_all("validation", columns=["correlation"])
-        names, vocabulary = self.target.class_names or [], self.folder("vocabulary")
-        known, right = class_units(explanations, validation, names, vocabulary)
-        if len(right) >= CLASSES:
-            return fit(known, right, scorer, [f"classes of {self.config.target.name}"])
-        return load(str(SHIPPED), scorer)
 
     def coverage(self) -> None:
         read = ("neurons", "scores", "explanations", "validation", "vocabulary")

@@ -18,9 +18,6 @@ import pyarrow as pa
 from tasks.classes import class_concepts, final_layer
 from tasks.store import Folder
 
-AUTO = "auto"
-CLASSES = 200
-"""Units of a final layer that are enough to learn from."""
 SHIPPED = Path(__file__).parent / "calibration.json"
 FEATURES = ("confidence", "margin", "match")
 """Correlation on validate (by Fisher's transform), the logarithm of the lead over the second best concept, the share of

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.calibration import AUTO, Calibration, evidence, load
+from tasks.calibration import SHIPPED, Calibration, evidence, load
 from tasks.layers import Block
 from tasks.signs import rectified
 from tasks.store import Folder, PartReport
@@ -41,10 +41,8 @@ class NeuronsSettings:
     """And a random net that was not looked at keeps below it with this probability."""
     rival_gain: float = 2.0
     """A rival concept that does better on select by more standard errors than this makes the name ambiguous."""
-    calibration: str | None = AUTO
-    """What the probability of a name is learned from. auto: the run's own final layer, whose units are the classes,
-    where at least 200 of them are concepts, else the shipped file, learned in drawn worlds; or a file that `axonym
-    calibrate` wrote; null for none."""
+    calibration: str | None = str(SHIPPED)
+    """File from which the probability of a name comes, as `axonym calibrate` writes it; null for none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
@@ -57,7 +55,7 @@ class NeuronsSettings:
             raise ValueError(f"neurons.twin_quantile={self.twin_quantile}: must lie between 0 and 1")
         if not 0.5 <= self.twin_confidence < 1:
             raise ValueError(f"neurons.twin_confidence={self.twin_confidence}: must be at least 0.5 and below 1")
-        if self.calibration not in (None, AUTO):
+        if self.calibration is not None:
             load(self.calibration, "")
 
 

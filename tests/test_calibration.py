@@ -181,20 +181,6 @@ def test_a_final_layer_teaches_and_is_judged_by_another_target(tmp_path, capsys)
     assert "circle" in (tmp_path / "made/reliability.svg").read_text()
 
 
-def test_probabilities_are_learned_from_the_own_final_layer_where_it_has_classes_enough(tmp_path):
-    """Else they are those of the shipped file."""
-    for count, sources in ((240, ["classes of test_resnet"]), (30, load(str(SHIPPED), "joint").sources)):
-        run = finished(tmp_path, f"of{count}", [f"{a} {b}" for a in WORDS for b in WORDS if a != b][:count])
-        explanations = run.folder("explanations").read_all("explanations")
-        evidences = evidence(explanations, run.folder("validation").read_all("validation"))
-        learned = fit(*known(run)[1], "joint", sources) if count == 240 else load(str(SHIPPED), "joint")
-        neurons = run.folder("neurons").read_all("neurons")
-        live = [status in ("explained", "ambiguous", "unexplained") for status in neurons["status"].to_pylist()]
-        told = np.array(neurons["probability"].to_pylist(), float)
-        np.testing.assert_allclose(told, np.where(live, learned.probability(evidences), np.nan), rtol=1e-6)
-        assert np.isfinite(told).any()
-
-
 def test_runs_of_one_source_are_refused(tmp_path):
     finished(tmp_path, "one", WORDS)
     with pytest.raises(ValueError, match=r"^runs=one,one: all of test_resnet; give runs of two worlds or targets"):
