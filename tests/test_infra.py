@@ -1,8 +1,9 @@
 """Clusters: what infra/ says is what axonym, Kubernetes and bash accept; a real cluster gives the same tables.
 
 The manifests are held against KubeRay's own definitions (a folder of its CRDs, named by AXONYM_CRDS) where they are at
-hand. The cluster is Ray's own processes on loopback: a head that does no parts and nodes that come and die, with a
-token, the job server, and no table shared but on S3.
+hand. The cluster is Ray's own processes: a head that does no parts and nodes that come and die, with a token, the job
+server, and no table shared but on S3. Each node has a network namespace and an address of its own where this process
+may make them; elsewhere they are on loopback.
 """
 
 import http.server
@@ -31,6 +32,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
+from moto.server import ThreadedMotoServer
 
 from flows.config import compose
 from flows.sweep import Sweep
@@ -351,13 +353,57 @@ def test_submit_creates_once_and_waits_for_the_end(submit, tmp_path, monkeypatch
     assert {s[1:3] for s in seen} == {(path, "Bearer pod")}
 
 
-class Cluster:
-    """A Ray cluster on loopback, each node a `ray start` of its own: a head that does no parts, nodes added later."""
+class Network:
+    """Where nodes live: each behind a cable of its own to a bridge, which leads nowhere else; or all on loopback."""
 
     def __init__(self):
+        self.name, self.subnet, self.nodes = f"ax{os.getpid()}", f"10.213.{os.getpid() % 250}", 0
+        self.apart = (
+            shutil.which("ip") is not None
+            and self.ip("link", "add", self.name, "type", "bridge")
+            and self.ip("addr", "add", f"{self.subnet}.1/24", "dev", self.name)
+            and self.ip("link", "set", self.name, "up")
+        )
+
+    def ip(self, *words):
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+
+    def join(self):
+        """How to start a command on a new node, and the node's address."""
+        if not self.apart:
+            return [], "127.0.0.2"  # for 127.0.0.1 ray start takes the machine's address in the network
+        self.nodes += 1
+        space, cable, address = (
+            f"{self.name}-{self.nodes}",
+            f"{self.name}v{self.nodes}",
+            f"{self.subnet}.{self.nodes + 1}",
+        )
+        assert self.ip("netns", "add", space)
+        assert self.ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+        assert self.ip("link", "set", cable, "master", self.name, "up")
+        assert self.ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+        assert all(self.ip("-n", space, "link", "set", device, "up") for device in ("eth0", "lo"))
+        return ["ip", "netns", "exec", space], address
+
+    def close(self):
+        for number in range(self.nodes):
+            self.ip("netns", "del", f"{self.name}-{number + 1}")
+        self.ip("link", "del", self.name)
+
+
+class Cluster:
+    """A Ray cluster, each node a `ray start` of its own: a head that does no parts, nodes added later."""
+
+    def __init__(self, network, s3):
+        self.network, (self.inside, self.address) = network, network.join()
+        self.home = self.address if network.apart else "127.0.0.1"
         self.temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets' names have at most 107 bytes
         self.gcs, self.dashboard = free_port(), free_port()
+        near = ",".join(["127.0.0.1", *(f"{network.subnet}.{number}" for number in range(1, 10))])
         self.environment = os.environ | {
+            "AWS_ENDPOINT_URL": s3,
+            "NO_PROXY": near,
+            "no_proxy": near,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -369,19 +415,18 @@ class Cluster:
         for name in ("RAY_ADDRESS", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             self.environment.pop(name, None)  # the last two axonym sets on every node itself
         self.started, self.nodes = [], []
-        head = ["--head", f"--port={self.gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"]
-        self.start(*head, "--num-cpus=0")
+        head = ["--head", f"--port={self.gcs}", f"--dashboard-host={self.home}", f"--dashboard-port={self.dashboard}"]
+        self.start(self.inside, self.address, *head, "--num-cpus=0")
 
     def ray(self, *words):
         return [sys.executable, "-m", "ray.scripts.scripts", *words]
 
-    def start(self, *options):
+    def start(self, inside, address, *options):
         log = self.temp / f"{free_port()}.log"
-        # For 127.0.0.1 ray start takes the machine's address in the network.
-        where = ["--node-ip-address=127.0.0.2", f"--temp-dir={self.temp}", "--dashboard-agent-listen-port=0"]
+        where = [f"--node-ip-address={address}", f"--temp-dir={self.temp}", "--dashboard-agent-listen-port=0"]
         sizes = ["--num-gpus=0", "--object-store-memory=80000000"]
         with log.open("wb") as out:
-            command = self.ray("start", "--block", *where, *sizes, *options)
+            command = [*inside, *self.ray("start", "--block", *where, *sizes, *options)]
             node = subprocess.Popen(command, cwd="/", env=self.environment, stdout=out, stderr=out)
         self.started.append(node)
         until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, log.read_text)
@@ -390,7 +435,7 @@ class Cluster:
 
     def grow(self, count):
         while len(self.nodes) < count:
-            self.nodes.append(self.start(f"--address=127.0.0.2:{self.gcs}", "--num-cpus=1"))
+            self.nodes.append(self.start(*self.network.join(), f"--address={self.address}:{self.gcs}", "--num-cpus=1"))
 
     def lose_one(self):
         """Kill a node's raylet, as the kernel would."""
@@ -399,7 +444,7 @@ class Cluster:
 
     def submit(self, *overrides):
         """A sweep handed to the job server."""
-        command = self.ray("job", "submit", f"--address=http://127.0.0.1:{self.dashboard}", "--")
+        command = [*self.inside, *self.ray("job", "submit", f"--address=http://{self.home}:{self.dashboard}", "--")]
         command += [sys.executable, "-m", "flows.cli", "sweep", "cluster=join", *overrides]
         return Job(command, self.environment)
 
@@ -461,9 +506,20 @@ def until(true, state):
 
 @pytest.fixture(scope="module")
 def cluster(s3):
-    made = Cluster()
-    yield made
-    made.stop()
+    network, made = Network(), None
+    server = ThreadedMotoServer(f"{network.subnet}.1", port=0, verbose=False) if network.apart else None
+    try:
+        if server:  # the same buckets, where the nodes can reach them
+            server.start()
+        host, port = server.get_host_and_port() if server else (None, None)
+        made = Cluster(network, f"http://{host}:{port}" if server else os.environ["AWS_ENDPOINT_URL"])
+        yield made
+    finally:
+        if made:
+            made.stop()
+        if server:
+            server.stop()
+        network.close()
 
 
 @pytest.fixture(scope="module")
@@ -494,7 +550,7 @@ def tables(root):
 
 def test_job_server_refuses_who_has_no_token(cluster):
     with pytest.raises(HTTPError, match="401"):
-        urlopen(f"http://127.0.0.1:{cluster.dashboard}/api/jobs/", timeout=30)
+        urlopen(f"http://{cluster.home}:{cluster.dashboard}/api/jobs/", timeout=30)
 
 
 def test_two_sweeps_at_once_wait_for_nodes_and_give_the_same_tables(cluster, drawn, reference, s3):
