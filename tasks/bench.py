@@ -36,6 +36,8 @@ from tasks.target import DTYPES, TargetSettings
 MODELS = {"vit_b": "vit_base_patch16_224", "vit_l": "vit_large_patch16_224"}
 TIMES = 10
 """Images behind the second peak of memory, as a multiple of those behind the first."""
+SHARDS = 4
+"""Shards behind the first peak: that of one alone is now and then a third higher or lower."""
 GROWTH = 1, 2, 4, 8
 """Points of a cost curve, as multiples of the first."""
 CONCEPTS = 1024
@@ -319,7 +321,7 @@ def peak_of(job: ActivationsJob) -> tuple[float, float]:
 def memory(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     count, peaks = s.small_images, []
     for number, images in enumerate((count, TIMES * count)):
-        made = chain(replace(s, shard=count), folder / str(number), images, s.small, s.clip, ["mlp"])
+        made = chain(replace(s, shard=-(-count // SHARDS)), folder / str(number), images, s.small, s.clip, ["mlp"])
         with fresh(s.device) as process:
             peaks.append(process.submit(peak_of, made.activations).result())
     what = f"peak MiB of a fresh process with {TIMES * count:,} images / {count:,}"
