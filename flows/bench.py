@@ -9,7 +9,6 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from math import isnan
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> int:
             for figure in _measured(name, chosen, apart=settings.devices != [device]):
                 print(line(figure), flush=True)
                 goal = {"target": None if figure.met is None else figure.target, "met": figure.met}
-                rows.append(asdict(figure) | goal | {"size": None if isnan(figure.size) else figure.size} | about)
+                rows.append(asdict(figure) | goal | about)
         print()
     with cast(Any, fsspec.open(settings.out, "wb")) as file:
         file.write(encode(make_table("bench", {c: [row[c] for row in rows] for c in SCHEMAS["bench"].names})))

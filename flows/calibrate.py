@@ -63,26 +63,28 @@ def known(run: Run) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
     validation = run.folder("validation").read_all("validation")
     truth = planted_units(config["world"], config["target"]["checkpoint"])
     if truth is not None:
-        return config["world"], planted(run, truth, evidence(explanations, validation), validation)
-    names = load_target(TargetSettings(**config["target"]), weights=False).class_names or []
-    found, right = class_units(explanations, validation, names, run.folder("vocabulary"))
-    if not len(right):
+        source, (found, right) = config["world"], planted(run, truth, explanations, validation)
+    else:
+        source, names = config["target"]["name"], load_target(TargetSettings(**config["target"]), False).class_names
+        found, right = class_units(explanations, validation, names or [], run.folder("vocabulary"))
+    finite = np.isfinite(found).all(1)
+    if not finite.any():
         wanted = "neither of a trained net of a drawn world nor with a layer whose units are the target's class names"
         raise ValueError(f"runs={run.name}: {wanted}")
-    return config["target"]["name"], (found, right)
+    return source, (found[finite], right[finite])
 
 
-def planted(run: Run, truth: pa.Table, evidence_UF: np.ndarray, validation: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The same of planted units: right is what names the unit's concept, and nothing about noise."""
+def planted(run: Run, truth: pa.Table, explanations: pa.Table, validation: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Evidence of planted units; right is what names the unit's concept, and nothing about noise."""
     units = zip(validation["layer"].to_pylist(), validation["unit"].to_pylist(), strict=True)
-    evidence_of = dict(zip(units, evidence_UF, strict=True))
+    row_of = {unit: row for row, unit in enumerate(units)}
     verdicts = [
-        (evidence_of[v.truth["layer"], v.truth["unit"]], v.first and v.truth["kind"] != "noise")
+        (row_of[v.truth["layer"], v.truth["unit"]], v.first and v.truth["kind"] != "noise")
         for v in judge(run.folder("neurons").read_all("neurons"), truth)
         if v.truth["kind"] not in OFF
     ]
-    finite = [(found, right) for found, right in verdicts if np.isfinite(found).all()]
-    return np.array([found for found, _ in finite]), np.array([right for _, right in finite], bool)
+    rows, right = np.array([row for row, _ in verdicts], int), np.array([right for _, right in verdicts], bool)
+    return evidence(explanations, validation)[rows], right
 
 
 def tested(units: dict[str, tuple[np.ndarray, np.ndarray]], scorer: str, folder: Path) -> list[str]:

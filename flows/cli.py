@@ -16,7 +16,7 @@ FLOWS = {
     "status": ("stage by stage, part by part, read from the store", "axonym status run=first"),
     "world": ("make the drawn world's models from nothing", "axonym world out=my_world seed=1"),
     "benchmark": ("every scorer judged by what is known", "axonym benchmark experiment=world scorers=auc,correlation"),
-    "calibrate": ("learn from planted units how probable it is that a name is right", "axonym calibrate runs=[a,b]"),
+    "calibrate": ("learn how probable it is that a name is right", "axonym calibrate runs=[a,b]"),
     "bench": ("how fast it is beside the bare models, on this machine", "axonym bench what=collection,embedding"),
     "show": ("one neuron in the terminal", "axonym show run=first layer=layer4.2 unit=17"),
 }

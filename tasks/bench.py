@@ -139,8 +139,8 @@ class Figure:
     pairs: int
     model: str
     what: str
-    size: float = np.nan
-    """Of a point of a cost curve: images, units, concepts or workers. NaN elsewhere."""
+    size: float | None = None
+    """Of a point of a cost curve: images, units, concepts or workers."""
 
     @property
     def met(self) -> bool | None:

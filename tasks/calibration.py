@@ -77,17 +77,14 @@ def evidence(explanations: pa.Table, validation: pa.Table) -> np.ndarray:
 def class_units(
     explanations: pa.Table, validation: pa.Table, class_names: list[str], vocabulary: Folder
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence [U, F] of the final layer's units that have a name and whose class is a concept, and whether that is the
-    name, bool [U]; of the units of both tables, row by row. Nothing where no layer's units are the classes."""
-    layer, unit = np.array(explanations["layer"].to_pylist()), explanations["unit"].to_numpy()
-    final, own = final_layer(layer.tolist(), class_names), class_concepts(vocabulary, class_names)
-    rows = np.flatnonzero(layer == final) if class_names and final else np.zeros(0, int)
-    rows = np.array([row for row in rows if own[unit[row]]], int)
-    found = evidence(explanations.take(rows), validation.take(rows))
+    """Evidence [U, F] of the final layer's units whose class is a concept, and whether that is the name, bool [U]. Both
+    tables have the same units in the same order. Nothing where no layer's units are the classes."""
+    layers, unit = explanations["layer"].to_pylist(), explanations["unit"].to_numpy()
+    final, own = final_layer(layers, class_names), class_concepts(vocabulary, class_names)
+    rows = np.array([row for row, layer in enumerate(layers) if layer == final and own[unit[row]]], int)
     named = explanations["phrase"].take(pa.array(rows)).to_pylist()
     right = np.array([name == own[i] for name, i in zip(named, unit[rows], strict=True)], bool)
-    known = np.isfinite(found).all(1)
-    return found[known], right[known]
+    return evidence(explanations.take(rows), validation.take(rows)), right
 
 
 def fit(evidence_UF: np.ndarray, right_U: np.ndarray, scorer: str, sources: list[str]) -> Calibration:

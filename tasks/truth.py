@@ -14,7 +14,7 @@ import pyarrow as pa
 from tasks.correlation import paired, read_block
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.metrics import auc, auprc, f1, iou, positives
+from tasks.metrics import areas, f1, iou, positives
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 from tasks.world.files import number_of, scenes_of
@@ -22,7 +22,7 @@ from tasks.world.orders import OWN
 from tasks.world.scenes import sample
 from tasks.world.truth import UNSURE, YES, album, phrases_seen
 
-MEASURES = ("correlation", "auprc", "auc", "f1", "iou")
+MEASURES = ("correlation", "auc", "auprc", "f1", "iou")
 
 
 @dataclass
@@ -78,13 +78,7 @@ class TruthWorker:
             sure = seen_N != UNSURE
             a, fires = a_UN[rows][:, sure], fires_UN[rows][:, sure]
             shows = np.broadcast_to(seen_N[sure] == YES, a.shape)
-            measured = (
-                paired(a, shows.astype(float)),
-                auprc(a, shows),
-                auc(a, shows),
-                f1(shows, fires),
-                iou(shows, fires),
-            )
+            measured = paired(a, shows.astype(float)), *areas(a, shows), f1(shows, fires), iou(shows, fires)
             for name, values in zip(MEASURES, measured, strict=True):
                 found[name][rows] = values
             counts[:, rows] = [[int(shows[0].sum())], [int((~shows[0]).sum())]]

@@ -95,6 +95,18 @@ def collect(
     return job, merged
 
 
+def collect_by_shard(
+    root: Path, target: TargetSettings, layers: list[str]
+) -> dict[int, tuple[ActivationsJob, ExemplarsJob]]:
+    """The same 45 drawn images collected in shards of 8, 24 and 64, by shard size."""
+    folder, found = draw_folder(root / "photos", 45), {}
+    for size in (8, 24, 64):
+        probing = ProbingSettings(str(folder), explain=0.6, select=0.2, shard_size=size, batch_size=8, max_skipped=1)
+        images = probe(root / str(size), probing)
+        found[size] = collect(root / str(size), images, target, LayersSettings(layers), k=6)
+    return found
+
+
 def tiny_clip(folder: Path, seed: int = 0, width: int = 32) -> Path:
     """A CLIP in open_clip's own folder format, two narrow layers a side, random but always the same weights; `width` is
     that of its vectors."""

@@ -8,9 +8,7 @@ from tasks.clip import ClipSettings
 from tasks.crops import MAX_CROPS, CropSettings
 from tasks.embeddings import EmbeddingsJob, EmbeddingsWorker
 from tasks.images import ImageReader
-from tasks.layers import LayersSettings
 from tasks.patches import PatchesJob, PatchesSettings, PatchesWorker
-from tasks.probing import ProbingSettings
 from tasks.store import Folder, StoreSettings
 from tasks.tables import matrix
 from tests import samples
@@ -23,11 +21,8 @@ BATCH = 8
 def made(tmp_path_factory):
     """The patches of a small CNN over 45 drawn images, by shard size, and the settings of a small CLIP."""
     root, found = tmp_path_factory.mktemp("embeddings"), {}
-    folder = samples.draw_folder(root / "photos", 45)
-    for size in (8, 24, 64):
-        probing = ProbingSettings(str(folder), explain=0.6, select=0.2, shard_size=size, batch_size=8, max_skipped=1)
-        images = samples.probe(root / str(size), probing)
-        job, merged = samples.collect(root / str(size), images, CNN, LayersSettings(["conv", "logits"]), k=6)
+    for size, (job, merged) in samples.collect_by_shard(root, CNN, ["conv", "logits"]).items():
+        images = job.model.images
         out = Folder(StoreSettings(str(root / str(size))), "patches", "x", ("patches", "crops"))
         crops = PatchesSettings(k=3, crops=CropSettings([0.5, 0.25]))
         worker = PatchesWorker(PatchesJob(out, job.model, merged.out, job.blocks, crops))

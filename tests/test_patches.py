@@ -209,13 +209,7 @@ def test_patches_of_drawn_images(tmp_path):
 @pytest.fixture(scope="module")
 def cnn(tmp_path_factory):
     """Collected activations and exemplars of a small CNN with units below zero, by shard size; the same 45 images."""
-    root, found = tmp_path_factory.mktemp("cnn"), {}
-    folder = samples.draw_folder(root / "photos", 45)
-    for size in (8, 24, 64):
-        probing = ProbingSettings(str(folder), explain=0.6, select=0.2, shard_size=size, batch_size=8, max_skipped=1)
-        images = samples.probe(root / str(size), probing)
-        found[size] = samples.collect(root / str(size), images, CNN, LayersSettings(["conv", "4", "logits"]), k=6)
-    return found
+    return samples.collect_by_shard(tmp_path_factory.mktemp("cnn"), CNN, ["conv", "4", "logits"])
 
 
 def worker(job, merged, **how):
