@@ -86,23 +86,39 @@ class Extreme:
         return places_BU
 
 
+@dataclass
+class Room:
+    """What a layer's state holds, per unit."""
+
+    k: int
+    """Candidates of a tail."""
+    group: int
+    """Images of a group of batches."""
+    stored: int
+    """Images of the shard whose pooled activations are kept."""
+    width: int
+    """Of CLIP's vectors."""
+
+
 class LayerState:
     """What is known of one layer's units [start, stop) after the batches seen so far."""
 
-    def __init__(self, layer: Layer, chosen: slice, k: int, width: int, pool: str, device: torch.device) -> None:
+    def __init__(self, layer: Layer, chosen: slice, pool: str, room: Room, device: torch.device) -> None:
         units = chosen.stop - chosen.start
         self.layer, self.chosen, self.pool = layer, chosen, pool
-        self.top, self.bottom = TopK(units, k, device), TopK(units, k, device)
+        self.top, self.bottom = (TopK(units, room.k, room.group, device) for _ in range(2))
         self.moments = Moments(units, device)
         self.low = torch.full((units,), np.inf, device=device)
         self.prefix_maximum = torch.full((units,), -np.inf, device=device)
         self.position_histogram = torch.zeros(units, BINS, dtype=torch.int64, device=device)
         self.sums_2U = torch.zeros(2, units, dtype=torch.float64, device=device)
-        self.embedding_sums_2UD = torch.zeros(2, units, width, dtype=torch.float64, device=device)
+        self.embedding_sums_2UD = torch.zeros(2, units, room.width, dtype=torch.float64, device=device)
         self.explain_count = torch.zeros(units, dtype=torch.int64, device=device)
-        self.group: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.pooled: list[torch.Tensor] = []
-        self.negative: list[torch.Tensor] = []
+        self.group_2GU = torch.empty(2, room.group, units, device=device)
+        self.waiting = 0
+        pooled_2SU = torch.from_numpy(np.zeros((2, room.stored, units), np.float32))  # takes memory where it is written
+        self.pooled_2SU = pooled_2SU.pin_memory() if device.type == "cuda" else pooled_2SU
+        self.stored = 0
 
     def see(self, output: Any, batch: "Images") -> None:
         """Reduce the layer's output on one batch, before the model goes on."""
@@ -119,7 +135,9 @@ class LayerState:
         below_BU = batch.explain[:, None] & low_BU.isfinite() & (low_BU < 0)
         if below_BU.is_cuda or below_BU.any():
             self._rank(self.bottom, -low_BU, trough, below_BU, batch)
-        self.group.append((values_BU, low_BU))
+        rows = slice(self.waiting, self.waiting + len(values_BU))
+        self.group_2GU[0, rows], self.group_2GU[1, rows] = values_BU, low_BU
+        self.waiting = rows.stop
         if len(batch.sampled):
             x, back = (maps_BUP, False) if maps_BUP.stride(1) != 1 else (maps_BUP.transpose(1, 2), True)
             chosen = x[batch.sampled].float()  # copied as it lies
@@ -140,8 +158,8 @@ class LayerState:
 
     def fold(self, group: "Images") -> None:
         """Fold the waiting batches into the running statistics."""
-        values_GU, low_GU = (torch.cat(batches) for batches in zip(*self.group, strict=True))
-        self.group = []
+        values_GU, low_GU = self.group_2GU[:, : self.waiting]
+        self.waiting = 0
         finite = group.valid[:, None] & values_GU.isfinite()
         self.top.merge()
         self.bottom.merge()
@@ -152,12 +170,13 @@ class LayerState:
             self.sums_2U[power] += x_GU.double().sum(0)
             self.embedding_sums_2UD[power] += (x_GU.T @ group.embeddings).double()
         self.explain_count += keep.sum(0)
-        self.pooled.append(torch.where(finite, values_GU, 0)[group.stored].to("cpu", non_blocking=True))
+        rows = slice(self.stored, self.stored + len(group.stored))
+        self.stored = rows.stop
+        self.pooled_2SU[0, rows].copy_(torch.where(finite, values_GU, 0)[group.stored], non_blocking=True)
         below = finite & low_GU.isfinite() & (low_GU < RECTIFIED)
         negative = torch.where(below, -low_GU, 0)[group.stored]
-        if not negative.is_cuda and not negative.any():  # takes no memory; to ask a GPU would make us wait
-            negative = torch.zeros(1, 1).expand_as(negative)
-        self.negative.append(negative.to("cpu", non_blocking=True))
+        if negative.is_cuda or negative.any():  # to ask a GPU is to wait for it
+            self.pooled_2SU[1, rows].copy_(negative, non_blocking=True)
 
 
 @dataclass
@@ -190,7 +209,9 @@ class ActivationsWorker:
                 np.float32
             )
         with report.phase("compute"):
-            states = {x.name: self._states(x, embeddings_ND.shape[1]) for x in self.job.model.layers}
+            stored = int(self.images.stored[np.array(self.images.shard(part))].sum())
+            room = Room(self.job.settings.k, GROUP * self.images.batch_size, stored, embeddings_ND.shape[1])
+            states = {x.name: self._states(x, room) for x in self.job.model.layers}
             self._pass(part, states, embeddings_ND)
         with report.phase("write"):
             tables, groups = self._tables(states)
@@ -200,13 +221,12 @@ class ActivationsWorker:
         report.skipped = {"nonfinite_activations": nonfinite} if nonfinite else {}
         return report
 
-    def _states(self, layer: Layer, width: int) -> list[LayerState]:
+    def _states(self, layer: Layer, room: Room) -> list[LayerState]:
         """One for all units of a layer; one for each block of latents, whose maps are too many to hold together."""
         chosen = [slice(0, layer.num_units)]
         if layer.kind == "latents":
             chosen = [slice(block.start, block.stop) for block in self.job.blocks if block.layer == layer.name]
-        k, pool = self.job.settings.k, self.job.pool
-        return [LayerState(layer, units, k, width, pool, self.device) for units in chosen]
+        return [LayerState(layer, units, self.job.pool, room, self.device) for units in chosen]
 
     def _pass(self, part: int, states: dict[str, list[LayerState]], embeddings_ND: np.ndarray) -> None:
         batches, size = self.images.shard_batches(part), self.images.batch_size
@@ -314,8 +334,7 @@ def _stats(state: LayerState, block: Block, units: slice) -> pa.Table:
 
 
 def _pooled(state: LayerState, block: Block, units: slice) -> pa.Table:
-    both = {"activation": state.pooled, "negative": state.negative}
-    values_US = {c: torch.cat([x[:, units] for x in parts]).T.contiguous().numpy() for c, parts in both.items()}
+    values_US = dict(zip(("activation", "negative"), state.pooled_2SU[:, :, units].mT.contiguous().numpy(), strict=True))
     # A power of two: float16 keeps the same 11 bits of a value whatever the scale, so its shard leaves no trace.
     _, exponent = np.frexp(np.maximum(*(np.abs(v).max(1, initial=0) for v in values_US.values())))
     scale = np.ldexp(np.float32(1), exponent - 11).astype(np.float32)

@@ -45,35 +45,53 @@ def key_values(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TopK:
-    """The k largest keys per unit with the position of each, over any number of batches; in no order."""
+    """The k largest keys per unit with the position of each, over any number of batches; in no order.
 
-    def __init__(self, num_units: int, k: int, device: torch.device) -> None:
-        self.k = k
-        self.keys = torch.full((num_units, k), EMPTY, dtype=torch.int64, device=device)
-        self.positions = torch.full((num_units, k), -1, dtype=torch.int32, device=device)
-        self.least = self.keys[:, -1]
+    All its memory is taken at the start: what is kept from batch to batch must not lie between what the model takes
+    and gives back in each, or the holes between them grow.
+    """
+
+    def __init__(self, num_units: int, k: int, waiting: int, device: torch.device) -> None:
+        """`waiting`: how many images more than k are held until the next merge."""
+        self.k, self.filled = k, k
+        self.held = torch.full((num_units, k + waiting), EMPTY, dtype=torch.int64, device=device)
+        self.held_at = torch.full((num_units, k + waiting), -1, dtype=torch.int32, device=device)
+        self.least = torch.full((num_units,), EMPTY, dtype=torch.int64, device=device)
         """The k-th best of the last merge."""
-        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """int64 [U, k], of the last merge."""
+        return self.held[:, : self.k]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int32 [U, k]."""
+        return self.held_at[:, : self.k]
 
     def enters(self, keys_BU: torch.Tensor) -> torch.Tensor:
         """bool [B, U]: whether a key beats the k-th best of the last merge."""
         return keys_BU > self.least
 
     def add(self, keys_BU: torch.Tensor, positions_BU: torch.Tensor) -> None:
-        self.waiting.append((keys_BU.T, positions_BU.T))
+        """At most `waiting` images between two merges."""
+        places = slice(self.filled, self.filled + len(keys_BU))
+        self.held[:, places], self.held_at[:, places] = keys_BU.T, positions_BU.T
+        self.filled = places.stop
 
     def merge(self) -> None:
         """Fold the waiting batches in; several at once, because it costs the same for few and for many."""
-        if self.waiting:
-            keys = torch.cat([self.keys, *(k for k, _ in self.waiting)], dim=1)
-            positions = torch.cat([self.positions, *(p for _, p in self.waiting)], dim=1)
+        if self.filled > self.k:
+            keys, positions = self.held[:, : self.filled], self.held_at[:, : self.filled]
             if keys.is_cuda:
                 chosen = keys.topk(self.k, dim=1, sorted=False).indices
             else:  # several times as fast as topk
                 chosen = torch.from_numpy(np.argpartition(keys.numpy(), -self.k, axis=1)[:, -self.k :].copy())
-            self.keys, self.positions = keys.gather(1, chosen), positions.gather(1, chosen)
-            self.least = self.keys.amin(1)
-            self.waiting = []
+            best, places = keys.gather(1, chosen), positions.gather(1, chosen)
+            self.keys.copy_(best)
+            self.positions.copy_(places)
+            self.least = best.amin(1)
+            self.filled = self.k
 
 
 class Moments:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.activations import Extreme, Images, LayerState
+from tasks.activations import Extreme, Images, LayerState, Room
 from tasks.exemplars import _best
 from tasks.forward import HookedTarget, TargetPass, describe
 from tasks.layers import Layer, LayersSettings
@@ -256,7 +256,7 @@ def test_bins_of_every_kind_of_float(together):
 def test_a_batch_on_a_gpu_is_not_waited_for(pool):
     """torch raises where anything between a layer's output and the folded statistics makes the host wait."""
     device, size = torch.device("cuda"), 8
-    state = LayerState(Layer("x", 64, "tokens", (4, 4), 1), slice(0, 64), 5, 16, pool, device)
+    state = LayerState(Layer("x", 64, "tokens", (4, 4), 1), slice(0, 64), pool, Room(5, size, 6, 16), device)
     masks = [torch.rand(size, device=device) < 0.7 for _ in range(2)]
     places = torch.arange(3, device=device)
     images = Images(*masks, torch.arange(size, device=device), torch.rand(size, 16, device=device), places, places)
