@@ -57,18 +57,18 @@ class Extreme:
     """
 
     def __init__(self, maps_BUP: torch.Tensor, grid: tuple[int, int], sign: int) -> None:
-        self.best, self.first = (torch.amax, torch.argmax) if sign > 0 else (torch.amin, torch.argmin)
+        best, self.find = (torch.amax, torch.max) if sign > 0 else (torch.amin, torch.min)
         self.maps_BUP, self.rows_BHU = maps_BUP, None
         together = maps_BUP.stride(1) == 1
         if maps_BUP.is_cuda:
             lying = (maps_BUP.transpose(1, 2), 1) if together else (maps_BUP, 2)
-            values_BU, self.places_BU = torch.max(*lying) if sign > 0 else torch.min(*lying)
+            values_BU, self.places_BU = self.find(*lying)
         elif together:
             self.maps_BHWU = maps_BUP.transpose(1, 2).unflatten(1, grid)
-            self.rows_BHU = self.best(self.maps_BHWU, 2)
-            values_BU = self.best(self.rows_BHU, 1)
+            self.rows_BHU = best(self.maps_BHWU, 2)
+            values_BU = best(self.rows_BHU, 1)
         else:
-            values_BU = self.best(maps_BUP, 2)
+            values_BU = best(maps_BUP, 2)
         self.values_BU = values_BU.float()
 
     def places(self, wanted_BU: torch.Tensor) -> torch.Tensor:
@@ -77,10 +77,11 @@ class Extreme:
             return self.places_BU.int()
         image, unit = wanted_BU.nonzero(as_tuple=True)
         if self.rows_BHU is None:
-            found = self.first(self.maps_BUP[image, unit], 1)
+            found = self.find(self.maps_BUP[image, unit], 1).indices
         else:
-            row = self.first(self.rows_BHU[image, :, unit], 1)
-            found = row * self.maps_BHWU.shape[2] + self.first(self.maps_BHWU[image, row, :, unit], 1)
+            row = self.find(self.rows_BHU[image, :, unit], 1).indices
+            column = self.find(self.maps_BHWU[image, row, :, unit], 1).indices
+            found = row * self.maps_BHWU.shape[2] + column
         places_BU = torch.full(wanted_BU.shape, -1, dtype=torch.int32)
         places_BU[image, unit] = found.int()
         return places_BU
