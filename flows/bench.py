@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import fsspec
 
-from tasks.bench import BenchSettings, Figure, fresh, hardware, measure, versions
+from tasks.bench import BenchSettings, fresh, measure
+from tasks.bench_figures import Figure, hardware, versions
 from tasks.charts import Axis, Point, chart, grid
 from tasks.store import encode
 from tasks.tables import SCHEMAS, make_table

@@ -335,9 +335,10 @@ def _stats(state: LayerState, block: Block, units: slice) -> pa.Table:
 
 
 def _pooled(state: LayerState, block: Block, units: slice) -> pa.Table:
-    values_US = dict(zip(("activation", "negative"), state.pooled_2SU[:, :, units].mT.contiguous().numpy(), strict=True))
+    values_2US = state.pooled_2SU[:, :, units].mT.contiguous().numpy()
     # A power of two: float16 keeps the same 11 bits of a value whatever the scale, so its shard leaves no trace.
-    _, exponent = np.frexp(np.maximum(*(np.abs(v).max(1, initial=0) for v in values_US.values())))
+    _, exponent = np.frexp(np.abs(values_2US).max((0, 2), initial=0))
     scale = np.ldexp(np.float32(1), exponent - 11).astype(np.float32)
     columns = {"layer": [block.layer] * len(block), "unit": np.arange(block.start, block.stop), "scale": scale}
-    return make_table("pooled", columns | {c: (v / scale[:, None]).astype(np.float16) for c, v in values_US.items()})
+    activation, negative = (values_2US / scale[:, None]).astype(np.float16)
+    return make_table("pooled", columns | {"activation": activation, "negative": negative})

@@ -5,7 +5,6 @@ torchvision, pyarrow, fsspec, pillow and numpy are needed; where scipy is missin
 """
 
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 
 from tasks.activations import ActivationsJob, ActivationsWorker
 from tasks.bench_data import Chain, Decoded, Tower, draw_files
+from tasks.bench_figures import Figure, figure, has_cuda, in_turn, named, timed
 from tasks.embeddings import EmbeddingsWorker
 from tasks.forward import describe
 from tasks.image_embeddings import ImageEmbeddingsWorker
@@ -46,11 +45,6 @@ KEPT = 16
 """Batches that the bare model is given, again and again: more would not fit every device."""
 BYTES = 4096, 2, 12
 """A unit's tables of one shard: at most so many bytes, and for each pooled activation and each candidate."""
-AT_LEAST = {"collection": 0.95, "collection, files": 0.85, "embedding": 0.90, "workers": 1.8, "sweep": 0.80}
-AT_MOST = {"bytes": 1.0, "memory": 1.05, "memory, GPU": 1.05, "time, images": 2.05, "time, units": 1.10}
-"""Targets of the figures."""
-ONLY = {"collection": "cpu", "collection, files": "cuda"}
-"""Targets that are set for one device."""
 
 
 @dataclass
@@ -118,82 +112,22 @@ class BenchSettings:
         return replace(self, device=device, dtype=dtype, **chosen)
 
 
-def has_cuda() -> bool:
-    return torch.cuda.is_available()
-
-
-@dataclass
-class Figure:
-    name: str
-    value: float
-    low: float
-    high: float
-    """Least and largest of the pairs."""
-    target: float
-    """NaN where there is none."""
-    at_least: bool
-    """Whether the value should reach the target, or stay below it."""
-    base: float
-    ours: float
-    """What the value is the ratio of, medians: seconds, MiB or bytes."""
-    pairs: int
-    model: str
-    what: str
-    size: float | None = None
-    """Of a point of a cost curve: images, units, concepts or workers."""
-
-    @property
-    def met(self) -> bool | None:
-        """None where there is no target."""
-        if np.isnan(self.target):
-            return None
-        return bool(self.value >= self.target if self.at_least else self.value <= self.target)
-
-
-def in_turn(runs: list[Callable[[], dict[str, float]]], pairs: int, warm: int = 0) -> dict[str, np.ndarray]:
-    """Seconds that each run reports, by name, `pairs` times each: in order, then in reverse, and so on, so that what
-    drifts or disturbs meets all alike. Before that each but the first `warm` runs once and counts for nothing."""
-    found: dict[str, list[float]] = {}
-    for run in runs[warm:]:
-        run()
-    for number in range(pairs):
-        for run in runs[:: -1 if number % 2 else 1]:
-            for name, seconds in run().items():
-                found.setdefault(name, []).append(seconds)
-    return {name: np.array(seconds) for name, seconds in found.items()}
-
-
-def figure(
-    s: "BenchSettings", name: str, over: np.ndarray, under: np.ndarray, model: str, what: str, scale: float = 1
-) -> Figure:
-    """Median of scale * over / under, pair by pair, with the least and the largest, beside its target."""
-    ratios = scale * over / under
-    spread = float(np.median(ratios)), float(ratios.min()), float(ratios.max())
-    goal = (AT_LEAST | AT_MOST).get(name, np.nan) if ONLY.get(name, s.device) == s.device else np.nan
-    medians = float(np.median(over)), float(np.median(under))
-    return Figure(name, *spread, goal, name not in AT_MOST, *medians, len(ratios), model, what)
-
-
-def timed(name: str, call: Callable[[], Any]) -> Callable[[], dict[str, float]]:
-    def run() -> dict[str, float]:
-        start = time.perf_counter()
-        call()
-        if has_cuda():
-            torch.cuda.synchronize()
-        return {name: time.perf_counter() - start}
-
-    return run
-
-
-def environment(device: str) -> None:
-    """In a fresh process, before CUDA is looked for."""
+def environment(device: str, cpu: int | None) -> None:
+    """In a fresh process, before CUDA is looked for and threads are started."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if cpu is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cpu})
 
 
-def fresh(device: str) -> ProcessPoolExecutor:
-    """A process of its own that sees the GPU or does not."""
-    return ProcessPoolExecutor(1, get_context("spawn"), environment, (device,))
+def fresh(device: str, cpu: int | None = None) -> ProcessPoolExecutor:
+    """A process of its own that sees the GPU or does not; with all its threads on one CPU where one is named."""
+    return ProcessPoolExecutor(1, get_context("spawn"), environment, (device, cpu))
+
+
+def cpus() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def measure(name: str, settings: BenchSettings) -> list[Figure]:
@@ -221,10 +155,6 @@ def collect(worker: ActivationsWorker, images: Any = None) -> dict[str, float]:
     start = time.perf_counter()
     reports = [worker.run(part) for part in range(worker.images.num_shards)]
     return {"pass": sum(r.seconds["compute"] for r in reports), "all": time.perf_counter() - start}
-
-
-def named(kind: str, run: Callable[[], dict[str, float]]) -> dict[str, float]:
-    return {f"{kind} {name}": seconds for name, seconds in run().items()}
 
 
 def bare_target(worker: ActivationsWorker, images: Decoded) -> Callable[[], None]:
@@ -259,11 +189,11 @@ def collection(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     )
     scale = f"{s.images:,} images, {sum(map(len, made.blocks)):,} units"
     what = f"bare forward / pass, decoded images; {scale}"
-    yield figure(s, "collection", t["bare"], t["memory pass"], s.model, what)
+    yield figure(s.device, "collection", t["bare"], t["memory pass"], s.model, what)
     what = f"bare forward / pass, JPEG files; {scale}"
-    yield figure(s, "collection, files", t["bare"], t["files pass"], s.model, what)
+    yield figure(s.device, "collection, files", t["bare"], t["files pass"], s.model, what)
     what = f"the same, the tables of every {made.probing.shard_size:,} images written too"
-    yield figure(s, "collection, tables", t["bare"], t["files all"], s.model, what)
+    yield figure(s.device, "collection, tables", t["bare"], t["files all"], s.model, what)
     yield table_bytes(s, made.activations)
 
 
@@ -277,7 +207,7 @@ def table_bytes(s: BenchSettings, job: ActivationsJob) -> Figure:
         rows = len(job.out.read("candidates", part)["image"].combine_chunks().flatten())
         limits.append(BYTES[0] + BYTES[1] * stored + BYTES[2] * rows / units)
     what = f"bytes per unit and shard / limit ({BYTES[0]:,} + {BYTES[1]} a pooled image + {BYTES[2]} a candidate row)"
-    return figure(s, "bytes", np.array(sizes), np.array(limits), s.model, what)
+    return figure(s.device, "bytes", np.array(sizes), np.array(limits), s.model, what)
 
 
 def embedding(s: BenchSettings, folder: Path) -> Iterator[Figure]:
@@ -287,7 +217,7 @@ def embedding(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     worker = EmbeddingsWorker(made.embeddings)
     t = in_turn([timed("bare", bare_clip(worker, count)), timed("ours", lambda: run_all(worker, made.shards))], s.pairs)
     what = f"bare encode_image / stage embeddings, from JPEG files; {count:,} crops"
-    yield figure(s, "embedding", t["bare"], t["ours"], s.clip, what)
+    yield figure(s.device, "embedding", t["bare"], t["ours"], s.clip, what)
 
 
 def bare_clip(worker: EmbeddingsWorker | ImageEmbeddingsWorker, count: int) -> Callable[[], None]:
@@ -326,9 +256,9 @@ def memory(s: BenchSettings, folder: Path) -> Iterator[Figure]:
             peaks.append(process.submit(peak_of, made.activations).result())
     what = f"peak MiB of a fresh process with {TIMES * count:,} images / {count:,}"
     few, many = np.array(peaks)
-    yield figure(s, "memory", many[:1], few[:1], s.small, what)
+    yield figure(s.device, "memory", many[:1], few[:1], s.small, what)
     if has_cuda():
-        yield figure(s, "memory, GPU", many[1:], few[1:], s.small, what)
+        yield figure(s.device, "memory, GPU", many[1:], few[1:], s.small, what)
 
 
 def growth(s: BenchSettings, folder: Path) -> Iterator[Figure]:
@@ -340,11 +270,11 @@ def growth(s: BenchSettings, folder: Path) -> Iterator[Figure]:
         found[name] = partial(named, name, partial(collect, ActivationsWorker(made.activations)))
     t = in_turn(list(found.values()), s.pairs, warm=3)
     what = f"collection of {2 * count:,} images / {count:,}, tables written"
-    yield figure(s, "time, images", t["2N all"], t["N all"], s.small, what)
+    yield figure(s.device, "time, images", t["2N all"], t["N all"], s.small, what)
     what = (
         f"pass over {count:,} images: MLP units of all {len(every)} layers / of every second one, the last among them"
     )
-    yield figure(s, "time, units", t["N pass"], t["U pass"], s.small, what)
+    yield figure(s.device, "time, units", t["N pass"], t["U pass"], s.small, what)
 
 
 def target_settings(name: str) -> TargetSettings:
@@ -357,6 +287,8 @@ def mlp_layers(name: str) -> list[str]:
 
 HERE: list[ActivationsWorker] = []
 """The worker that this process keeps, so that it starts once."""
+BARE: list[Callable[[], None]] = []
+"""The same of its bare model."""
 
 
 def collect_here(job: ActivationsJob) -> None:
@@ -365,29 +297,40 @@ def collect_here(job: ActivationsJob) -> None:
     collect(HERE[0])
 
 
-def at_once(s: BenchSettings, folder: Path, counts: list[int]) -> dict[str, np.ndarray]:
-    """Seconds in which that many single-threaded processes collect from the same number of images each."""
-    one = replace(s, threads=1)
+def bare_here(job: ActivationsJob) -> None:
+    if not BARE:
+        worker = ActivationsWorker(job)
+        BARE.append(bare_target(worker, Decoded.of(job.model.images, worker.target.preprocess)))
+    BARE[0]()
+
+
+def at_once(
+    s: BenchSettings, folder: Path, counts: list[int], runs: dict[str, Callable[[ActivationsJob], None]]
+) -> dict[str, np.ndarray]:
+    """Seconds in which that many processes, each held to a CPU of its own, do the same to as many images each."""
+    one, own = replace(s, threads=1), cpus()
     jobs = [
         chain(one, folder / str(i), s.small_images, s.small, s.clip, ["mlp"]).activations for i in range(counts[-1])
     ]
     with ExitStack() as stack:
-        processes = [stack.enter_context(fresh(s.device)) for _ in jobs]
+        processes = [stack.enter_context(fresh(s.device, own[i % len(own)])) for i in range(counts[-1])]
 
-        def run(count: int) -> None:
+        def run(name: str, count: int) -> None:
             pairs = zip(processes[:count], jobs[:count], strict=True)
-            for waiting in [process.submit(collect_here, job) for process, job in pairs]:
+            for waiting in [process.submit(runs[name], job) for process, job in pairs]:
                 waiting.result()
 
-        return in_turn([timed(str(count), partial(run, count)) for count in counts], s.pairs)
+        return in_turn([timed(f"{name}{n}", partial(run, name, n)) for name in runs for n in counts], s.pairs)
 
 
 def workers(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     if s.device == "cuda":
         return  # two processes on one GPU are no more than one
-    t = at_once(s, folder, [1, 2])
-    what = f"images per second of two workers / one, {os.cpu_count()} CPUs seen"
-    yield figure(s, "workers", t["1"], t["2"], s.small, what, scale=2)
+    t = at_once(s, folder, [1, 2], {"ours": collect_here, "bare": bare_here})
+    what = f"images per second of two workers, each on a CPU of its own, / one; {len(cpus())} CPUs"
+    yield figure(s.device, "workers", t["ours1"], t["ours2"], s.small, what, scale=2)
+    what = "the same of two bare models: what the machine allows"
+    yield figure(s.device, "workers, bare", t["bare1"], t["bare2"], s.small, what, scale=2)
 
 
 def sweep(s: BenchSettings, folder: Path) -> Iterator[Figure]:
@@ -409,9 +352,9 @@ def sweep(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     units = sum(map(len, made.blocks))
     what = f"one target pass and {encoded:,} encodes / all stages; {s.small_images:,} images, {units:,} units"
     what += f"; without {', '.join(left_out)}: no scipy" if left_out else ""
-    yield figure(s, "sweep", t["target"] + t["clip"], stages, f"{s.small} + {s.small_clip}", what)
+    yield figure(s.device, "sweep", t["target"] + t["clip"], stages, f"{s.small} + {s.small_clip}", what)
     for name, seconds in t.items():
-        yield figure(s, f"sweep, {name}", seconds, stages, s.small, "share of all stages")
+        yield figure(s.device, f"sweep, {name}", seconds, stages, s.small, "share of all stages")
 
 
 def curves(s: BenchSettings, folder: Path) -> Iterator[Figure]:
@@ -443,13 +386,12 @@ def curves(s: BenchSettings, folder: Path) -> Iterator[Figure]:
 
     if s.device == "cuda":
         return
-    counts = [2**i for i in range((os.cpu_count() or 1).bit_length())]
-    t = at_once(s, folder / "w", counts)
+    counts = [2**i for i in range(len(cpus()).bit_length())]
+    t = at_once(s, folder / "w", counts, {"ours": collect_here})
     for count in counts:
-        what = f"images per second of {count} workers / one"
-        yield replace(
-            figure(s, f"curve, {count} workers", t["1"], t[str(count)], s.small, what, scale=count), size=count
-        )
+        name, what = f"curve, {count} workers", f"images per second of {count} workers / one"
+        point = figure(s.device, name, t["ours1"], t[f"ours{count}"], s.small, what, scale=count)
+        yield replace(point, size=count)
 
 
 def curve(
@@ -460,7 +402,8 @@ def curve(
     first = min(runs)
     for size in runs:
         name, ratio = f"curve, {size:,} {kind}", f"{size:,} {kind} / {first:,}: {what}"
-        yield replace(figure(s, name, t[f"{size} {seconds}"], t[f"{first} {seconds}"], s.small, ratio), size=size)
+        point = figure(s.device, name, t[f"{size} {seconds}"], t[f"{first} {seconds}"], s.small, ratio)
+        yield replace(point, size=size)
 
 
 ROWS: dict[str, Callable[[BenchSettings, Path], Iterator[Figure]]] = {
@@ -472,17 +415,3 @@ ROWS: dict[str, Callable[[BenchSettings, Path], Iterator[Figure]]] = {
     "sweep": sweep,
     "curves": curves,
 }
-
-
-def hardware(device: str) -> str:
-    """Name of the GPU, or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
-
-
-def versions() -> str:
-    names = ("torch", "torchvision", "timm", "pyarrow", "numpy", "pillow")
-    return ", ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in names)])

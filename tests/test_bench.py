@@ -11,11 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.bench import line, parsed
-from tasks.bench import BenchSettings, figure, in_turn
+from tasks.bench_figures import figure, in_turn
 from tasks.tables import SCHEMAS
 
 ROOT = Path(__file__).parents[1]
-CPU = BenchSettings().on("cpu")
 NOT_HERE = ("ray", "hydra", "omegaconf", "open_clip", "vllm", "transformers", "s3fs", "jinja2")
 
 
@@ -29,7 +28,7 @@ def test_runs_take_turns_after_one_that_does_not_count():
     found = in_turn([lambda: run("bare"), lambda: run("ours")], 3)
     assert told == ["bare", "ours", "bare", "ours", "ours", "bare", "bare", "ours"]
     assert {name: values.tolist() for name, values in found.items()} == {"bare": [1, 2, 3], "ours": [2, 8, 4]}
-    ratio = figure(CPU, "collection", found["bare"], found["ours"], "m", "w")
+    ratio = figure("cpu", "collection", found["bare"], found["ours"], "m", "w")
     assert (ratio.value, ratio.low, ratio.high) == (0.5, 0.25, 0.75)  # of 1/2, 2/8, 3/4: pair by pair
     assert (ratio.base, ratio.ours, ratio.pairs) == (2, 4, 3)
     assert list(in_turn([lambda: {"a": next(warm)}], 2, warm=1)["a"]) == [1, 2]
@@ -49,7 +48,7 @@ def test_runs_take_turns_after_one_that_does_not_count():
     ],
 )
 def test_targets(name, over, scale, met):
-    found = figure(CPU, name, np.array([over]), np.array([1.0]), "m", "w", scale)
+    found = figure("cpu", name, np.array([over]), np.array([1.0]), "m", "w", scale)
     assert found.met is met
     assert found.value == pytest.approx(over * scale)
     assert ("missed" in line(found)) == (met is False)
@@ -92,10 +91,10 @@ def test_everything_is_measured_where_only_torch_is_installed(tmp_path):
     rows = {row["name"]: row for row in table.to_pylist()}
     assert [name for name in rows if not name.startswith(("sweep, ", "curve, "))] == [
         "collection", "collection, files", "collection, tables", "bytes", "embedding", "memory", "time, images",
-        "time, units", "workers", "sweep",
+        "time, units", "workers", "workers, bare", "sweep",
     ]  # fmt: skip
     for name, row in rows.items():
-        scale = row["size"] if name.endswith(" workers") else 2 if name == "workers" else 1
+        scale = row["size"] if name.endswith(" workers") else 2 if name in ("workers", "workers, bare") else 1
         assert row["value"] == pytest.approx(scale * row["base"] / row["ours"])
         assert 0 < row["low"] <= row["value"] <= row["high"]
         assert name in done.stdout
