@@ -280,7 +280,7 @@ class Sweep(CausesStages):
         self._stage(job, self.num_units, "unit")
 
     def coverage(self) -> None:
-        read = ("neurons", "scores", "explanations", "validation", "vocabulary")
+        read = ("neurons", "scores", "vocabulary")
         payload: dict[str, Any] = {stage: self.hash(stage) for stage in read}
         payload |= {"against": self.lexicon.hash("validation") if self.lexicon else None}
         folder = self.manifest.plan("coverage", payload, 1, ("torch", "numpy"))

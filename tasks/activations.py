@@ -22,7 +22,7 @@ from tasks.layers import Block, Layer
 from tasks.moments import BINS, EMPTY, Moments, TopK, count_bins, key_values, order_keys
 from tasks.signs import RECTIFIED
 from tasks.store import Folder, PartReport
-from tasks.tables import make_table, matrix
+from tasks.tables import Lists, make_table, matrix
 
 GROUP = 8
 """Batches folded into the running statistics at once; cut on the global number of the batch."""
@@ -297,10 +297,9 @@ def _candidates(state: LayerState, block: Block, units: slice, by_rank: np.ndarr
         keys, positions = (np.take_along_axis(values, best_first, 1) for values in (keys, positions))
         filled = keys != EMPTY
         values, order = key_values(keys[filled])
-        offsets = pa.array(np.concatenate([[0], filled.sum(1).cumsum()]).astype(np.int32))
         columns = {"image": by_rank[order].astype(np.int32), "activation": sign * values, "position": positions[filled]}
         numbers = np.arange(block.start, block.stop)[rows]
-        lists = {c: pa.ListArray.from_arrays(offsets, pa.array(v)) for c, v in columns.items()}
+        lists = {c: Lists(filled.sum(1), values) for c, values in columns.items()}
         keys_of = {"layer": [block.layer] * len(numbers), "unit": numbers, "tail": [tail] * len(numbers)}
         tails.append(make_table("candidates", keys_of | lists))
     return pa.concat_tables(tails)

@@ -37,6 +37,9 @@ TIMES = 10
 """Images behind the second peak of memory, as a multiple of those behind the first."""
 SHARDS = 4
 """Shards behind the first peak: that of one alone is now and then a third higher or lower."""
+WHOLE = 4
+"""Images behind the rows of time, as a multiple of small_images: by default as many as a run has in a shard, most of
+whose first hundreds are candidates yet."""
 GROWTH = 1, 2, 4, 8
 """Points of a cost curve, as multiples of the first."""
 CONCEPTS = 1024
@@ -262,7 +265,7 @@ def memory(s: BenchSettings, folder: Path) -> Iterator[Figure]:
 
 
 def growth(s: BenchSettings, folder: Path) -> Iterator[Figure]:
-    count, found = s.small_images, {}
+    count, found = WHOLE * s.small_images, {}
     every = mlp_layers(s.small)
     half = every[1 - len(every) % 2 :: 2]
     for name, images, layers in (("N", count, every), ("2N", 2 * count, every), ("U", count, half)):

@@ -32,8 +32,6 @@ class CoverageJob:
     out: Folder
     neurons: Folder
     scores: Folder
-    explanations: Folder
-    validation: Folder
     vocabulary: Folder
     threads: int
     answers: list[Folder] = field(default_factory=list)
@@ -50,6 +48,22 @@ class Figure(NamedTuple):
     name: str | None
     value: float
     units: int
+
+
+class Named(NamedTuple):
+    """Units that have a name, a row each; NaN where a figure is not known."""
+
+    layer: np.ndarray
+    phrase: np.ndarray
+    explained: np.ndarray
+    confidence: np.ndarray
+    against: np.ndarray
+    """Confidence with the names of another word list."""
+    z: np.ndarray
+    """Standard errors of the name above random crops."""
+
+    def chosen(self, rows: np.ndarray) -> "Named":
+        return Named(*(column[rows] for column in self))
 
 
 class CoverageWorker:
@@ -77,50 +91,43 @@ class CoverageWorker:
         report.rows = {"coverage": table.num_rows}
         return report
 
-    def _units(self) -> list[dict[str, Any]]:
-        """What is known of every unit that has a name."""
+    def _units(self) -> Named:
+        """Every unit that has a name."""
         job = self.job
-        units = job.neurons.read_all("neurons", columns=["layer", "unit", "status", "phrase", "confidence"]).to_pylist()
-        rounds = job.explanations.read_all("explanations", columns=["round"])["round"].to_pylist()
+        columns = ["layer", "status", "phrase", "confidence"]
+        neurons = job.neurons.read_all("neurons", columns=columns)
+        layer, status, phrase, confidence = (neurons[c].to_numpy(zero_copy_only=False) for c in columns)
         scores = job.scores.read_all("scores", columns=["concept", "null_z"])
-        concepts, z = (scores[c].to_numpy().reshape(len(units), -1) for c in ("concept", "null_z"))  # as many a unit
-        is_name = concepts == np.array([[unit["phrase"]] for unit in units], object)
-        of_name = z[np.arange(len(units)), is_name.argmax(1)].astype(object)
-        of_name[~is_name.any(1)] = None
-        against = [None] * len(units)
+        concepts, z = (scores[c].to_numpy().reshape(len(layer), -1) for c in ("concept", "null_z"))  # as many a unit
+        is_name = concepts == phrase[:, None]
+        of_name = np.where(is_name.any(1), z[np.arange(len(z)), is_name.argmax(1)], np.nan)
+        against = np.full(len(layer), np.nan)
         if job.against is not None:
-            against = job.against.read_all("validation", columns=["correlation"])["correlation"].to_pylist()
-        for unit, number, other, own in zip(units, rounds, against, of_name, strict=True):
-            unit |= {"round": number, "against": other, "z": own}
-        return [unit for unit in units if unit["status"] in NAMED and unit["phrase"] is not None]
+            against = job.against.read_all("validation", columns=["correlation"])["correlation"].to_numpy()
+        units = Named(layer, phrase, status == "explained", confidence, against, of_name)
+        return units.chosen(np.isin(status, NAMED) & (phrase != None))  # noqa: E711, null by null
 
 
-def by_layer(units: list[dict[str, Any]]) -> Iterator[Figure]:
+def by_layer(units: Named) -> Iterator[Figure]:
     """Figures of every layer, and of all together (layer null)."""
-    groups: dict[str | None, list[dict[str, Any]]] = {None: units}
-    for unit in units:
-        groups.setdefault(unit["layer"], []).append(unit)
-    for layer, members in groups.items():
-        known = [u for u in members if u["z"] is not None]
-        yield Figure("above the null", layer, None, _mean([u["z"] > ABOVE for u in known]), len(known))
-        yield Figure("explained", layer, None, _mean([u["status"] == "explained" for u in members]), len(members))
-        names = {u["phrase"] for u in members}
-        yield Figure("distinct names", layer, None, len(names) / max(len(members), 1), len(names))
-        held = [u["confidence"] for u in members if u["confidence"] is not None]
-        yield Figure("confidence", layer, None, _mean(held), len(held))
-        gains = [u["confidence"] - u["against"] for u in members if None not in (u["confidence"], u["against"])]
-        if gains:
-            yield Figure("gain", layer, None, _mean(gains), len(gains))
+    for layer in (None, *dict.fromkeys(units.layer)):
+        of = units if layer is None else units.chosen(units.layer == layer)
+        known = of.z[np.isfinite(of.z)]
+        yield Figure("above the null", layer, None, _mean(known > ABOVE), len(known))
+        yield Figure("explained", layer, None, _mean(of.explained), len(of.explained))
+        names = len(set(of.phrase))
+        yield Figure("distinct names", layer, None, names / max(len(of.phrase), 1), names)
+        for what, values in (("confidence", of.confidence), ("gain", of.confidence - of.against)):
+            known = values[np.isfinite(values)]
+            if what == "confidence" or len(known):
+                yield Figure(what, layer, None, _mean(known), len(known))
 
 
-def by_concept(
-    units: list[dict[str, Any]], concepts: list[dict[str, Any]], prompts: dict[str, str]
-) -> Iterator[Figure]:
+def by_concept(units: Named, concepts: list[dict[str, Any]], prompts: dict[str, str]) -> Iterator[Figure]:
     """Names that many units share, concepts that none has, prompts and rounds by what they won."""
-    by_name = {row["concept"]: row for row in concepts}
-    wins = Counter(unit["phrase"] for unit in units)
+    by_name, wins = {row["concept"]: row for row in concepts}, Counter(units.phrase)
     for name, count in sorted(wins.items(), key=lambda item: (-item[1], item[0]))[:HUBS]:
-        yield Figure("hub", None, name, count / len(units), count)
+        yield Figure("hub", None, name, count / len(units.phrase), count)
     for name in sorted(by_name.keys() - wins.keys()):
         yield Figure("never used", None, name, 0.0, 0)
     for what, column in (("prompt", "prompt_id"), ("round", "round")):
@@ -146,5 +153,5 @@ def near_duplicates(concepts: list[dict[str, Any]], vectors_CD: np.ndarray) -> I
         yield Figure("near-duplicate", None, f"{concepts[j]['concept']} | {concepts[i]['concept']}", cosine, 2)
 
 
-def _mean(values: list) -> float:
-    return float(np.mean(values)) if values else float("nan")
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean(dtype=np.float64)) if len(values) else float("nan")

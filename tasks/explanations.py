@@ -16,7 +16,7 @@ from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
 from tasks.store import Folder, PartReport
-from tasks.tables import make_table, matrix
+from tasks.tables import Lists, make_table, matrix
 
 CONCEPTS = 5
 """Concepts of an explanation."""
@@ -74,9 +74,7 @@ class ExplanationsWorker:
             self.job.out.write(part, {"explanations": table})
         report.rows = {"explanations": table.num_rows}
         if self.job.earlier:
-            report.rows["renamed"] = (
-                pc.call_function("equal", [table["round"], self.job.earlier.number]).to_pylist().count(True)
-            )
+            report.rows["renamed"] = int((table["round"].to_numpy() == self.job.earlier.number).sum())
         return report
 
     @cached_property
@@ -121,23 +119,23 @@ def explain(block: Block, scores: pa.Table, exemplars: pa.Table) -> pa.Table:
     weights = np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / weights.shape[1])
     first = exemplars.filter(pc.call_function("equal", [exemplars["tail"], "top"]))
     first = first.filter(pc.call_function("less", [first["rank"], EXEMPLARS]))
-    shares, means = columns["meaning"], np.isfinite(columns["meaning"])
-    ids = {unit: [] for unit in range(block.start, block.stop)}
-    for unit, image_id in zip(first["unit"].to_pylist(), first["image_id"].to_pylist(), strict=True):
-        ids[unit].append(image_id)
+    means = np.isfinite(columns["meaning"])
+    of_unit = first["unit"].to_numpy() - block.start
+    ids = first["image_id"].combine_chunks().take(pa.array(of_unit.argsort(kind="stable")))
+    known = np.bincount(of_unit, minlength=len(block))
     columns = {
         "layer": [block.layer] * len(block),
         "unit": np.arange(block.start, block.stop),
-        "phrase": [row[0] if ids[unit] else None for unit, row in zip(ids, concepts, strict=True)],
-        "concepts": concepts.tolist(),
+        "phrase": pa.array(concepts[:, 0], pa.string(), mask=known == 0),
+        "concepts": concepts,
         "weights": weights.astype(np.float32),
         "margin": score[:, 0] - score[:, 1] if keep > 1 else score[:, 0],
         "match": columns["share"][:, 0],
-        "meanings": [row[mean].tolist() for row, mean in zip(columns["concept"], means, strict=True)],
-        "shares": [row[mean].tolist() for row, mean in zip(shares, means, strict=True)],
-        "exemplars": list(ids.values()),
-        "round": [0] * len(block),
-        "negative": scores["negative"].to_pylist()[::keep],
+        "meanings": Lists(means.sum(1), columns["concept"][means]),
+        "shares": Lists(means.sum(1), columns["meaning"][means]),
+        "exemplars": Lists(known, ids),
+        "round": np.zeros(len(block), np.int32),
+        "negative": scores["negative"].to_numpy(zero_copy_only=False)[::keep],
     }
     return make_table("explanations", columns)
 

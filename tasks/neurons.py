@@ -93,25 +93,22 @@ class NeuronsWorker:
         return rectified(self.job.exemplars)
 
     @cached_property
-    def reached(self) -> tuple[dict[tuple[str, str], float], float]:
-        """By layer and concept, what chance reaches; how many times that a name must reach. Nothing without a twin."""
+    def reached(self) -> tuple[pa.Table | None, float]:
+        """What chance reaches, as `predicted`; how many times that a name must reach. None without a twin."""
         job, settings = self.job, self.job.settings
         if job.twin is None or job.twin_names is None or job.chance is None:
-            return {}, 1.0
+            return None, 1.0
         nets = [job.chance.read("chance", part) for part in sorted(job.chance.done())]
         others = predicted(nets[1:], settings.twin_confidence)  # the first net is the twin, whose names are judged here
-        found = job.twin.read_all("validation", columns=["layer", "correlation"]).to_pylist()
-        names = job.twin_names.read_all("explanations", columns=["phrase"])["phrase"].to_pylist()
-        ratios = [
-            np.arctanh(row["correlation"])
-            / np.arctanh(max(others.get((row["layer"], name), 0), settings.min_correlation))
-            for row, name in zip(found, names, strict=True)
-            if row["correlation"] is not None
-        ]
-        times = max(1.0, float(np.quantile(ratios, settings.twin_quantile))) if ratios else 1.0
+        found = job.twin_names.read_all("explanations", columns=["layer", "phrase"])
+        chance = chance_of(others, found["layer"], found["phrase"]).clip(settings.min_correlation)
+        correlation = job.twin.read_all("validation", columns=["correlation"])["correlation"].to_numpy()
+        ratios = np.arctanh(correlation.astype(np.float64)) / np.arctanh(chance)
+        ratios = ratios[np.isfinite(ratios)]
+        times = max(1.0, float(np.quantile(ratios, settings.twin_quantile))) if len(ratios) else 1.0
         return predicted(nets, settings.twin_confidence), times
 
-    def bars(self, layer: str, names: list[str | None]) -> np.ndarray:
+    def bars(self, layers: pa.ChunkedArray, names: pa.ChunkedArray) -> np.ndarray:
         """What the interval of each name must exceed: min_correlation, or where the twin knows better, more.
 
         A concept has its own: random units follow a snowy ground closely and a star hardly at all. The best of many
@@ -119,8 +116,8 @@ class NeuronsWorker:
         exceed what the other nets tell of theirs, on Fisher's scale (atanh), which ends at no correlation.
         """
         (reached, times), least = self.reached, self.job.settings.min_correlation
-        chance = np.array([max(reached.get((layer, str(name)), 0), least) for name in names])
-        return np.tanh(np.arctanh(chance) * times).astype(np.float32)
+        chance = np.zeros(len(names)) if reached is None else chance_of(reached, layers, names)
+        return np.tanh(np.arctanh(chance.clip(least)) * times).astype(np.float32)
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
@@ -132,7 +129,7 @@ class NeuronsWorker:
             q = self.q_values[start : start + len(block)]
         with report.phase("compute"):
             off = unit_state(stats, rectified=self.rectified[block.layer])
-            bar = self.bars(block.layer, explanations["phrase"].to_pylist())
+            bar = self.bars(explanations["layer"], explanations["phrase"])
             status = decide(off, validation, q, bar, job.settings)
             table = _neurons(explanations, validation, q, bar, status, self.job.calibration)
         with report.phase("write"):
@@ -143,8 +140,8 @@ class NeuronsWorker:
         return report
 
 
-def predicted(nets: list[pa.Table], confidence: float) -> dict[tuple[str, str], float]:
-    """By layer and concept, what one more random net stays below with this probability.
+def predicted(nets: list[pa.Table], confidence: float) -> pa.Table:
+    """By layer and concept, in column upper, what one more random net stays below with this probability.
 
     The upper end of a prediction interval, mean + t s sqrt(1 + 1/n), over the nets' values on Fisher's scale: one net
     follows blue closely, the next one hardly at all, and the largest of n is exceeded by every (n + 1)th.
@@ -160,10 +157,18 @@ def predicted(nets: list[pa.Table], confidence: float) -> dict[tuple[str, str], 
     beyond = np.where(
         count > 1, stdtrit(np.maximum(count - 1, 1), confidence) * spread * np.sqrt(1 + 1 / count.clip(1)), 0
     )
-    upper = np.nan_to_num(np.tanh(mean + beyond))
-    return dict(
-        zip(zip(found["layer"].to_pylist(), found["concept"].to_pylist(), strict=True), upper.tolist(), strict=True)
-    )
+    return found.append_column("upper", pa.array(np.nan_to_num(np.tanh(mean + beyond))))
+
+
+def chance_of(reached: pa.Table, layers: pa.ChunkedArray, names: pa.ChunkedArray) -> np.ndarray:
+    """float64, what chance reaches with each name in its layer; 0 where nothing is known of it."""
+
+    def pairs(of: pa.ChunkedArray, concepts: pa.ChunkedArray) -> pa.Array:
+        return pc.call_function("binary_join_element_wise", [of, concepts, "\n"])
+
+    known = pairs(reached["layer"], reached["concept"])
+    place = pc.call_function("index_in", [pairs(layers, names)], pc.SetLookupOptions(known)).fill_null(len(known))
+    return np.append(reached["upper"].to_numpy(), 0.0)[place.to_numpy()]
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

@@ -35,6 +35,8 @@ class Scorer:
 
 
 SCORERS: dict[str, Scorer] = {}
+SORTED = 2**24
+"""Similarities that rank_reorder sorts at once."""
 
 
 @dataclass
@@ -149,13 +151,14 @@ def rank_reorder(
     values_UT, index_UT = a_US.sort(dim=1, descending=True, stable=True)
     values_UT, index_UT = values_UT[:, :top], index_UT[:, :top]
     random_U = (values_UT[:, :, None] - values_UT[:, None]).abs().pow(p).mean((1, 2)).clamp(min=1e-12)
-    found = []
-    for values_T, index_T, random in zip(values_UT, index_UT, random_U, strict=True):  # [U, T, C] would not fit
-        similarity_TC = (sample.images_SD[index_T] + sample.mean_D) @ evidence.concepts_CD.T
-        place_TC = similarity_TC.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-        error_C = (values_T[:, None] - values_T[place_TC]).abs().pow(p).mean(0) / random
-        found.append(-error_C / similarity_TC.mean(0).clamp(min=1e-3) ** scale_p)
-    return torch.stack(found)
+    scores_UC, together = [], max(1, SORTED // (top * len(evidence.concepts_CD)))
+    for values_uT, index_uT in zip(values_UT.split(together), index_UT.split(together), strict=True):
+        similarity_uTC = (sample.images_SD[index_uT] + sample.mean_D) @ evidence.concepts_CD.T
+        place_uTC = similarity_uTC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        moved_uTC = values_uT[:, :, None].expand_as(place_uTC).gather(1, place_uTC)
+        error_uC = (values_uT[:, :, None] - moved_uTC).abs().pow(p).mean(1)
+        scores_UC.append(-error_uC / similarity_uTC.mean(1).clamp(min=1e-3) ** scale_p)
+    return torch.cat(scores_UC) / random_U[:, None]
 
 
 @scorer(dense=True)

@@ -5,6 +5,9 @@ Keys that travel: `image` numbers the images of one probing dataset in its store
 storage-independent name; (`layer`, `unit`) is a unit; `concept_id` and `crop_id` are derived from content alone.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import pyarrow as pa
 
 from tasks.columns import (
@@ -357,15 +360,21 @@ def make_table(name: str, columns: dict) -> pa.Table:
     return pa.table({c: _array(columns[c], schema.field(c).type) for c in schema.names}, schema=schema)
 
 
+class Lists(NamedTuple):
+    """A list column: how many values each row has, and the values of all rows in turn."""
+
+    counts: np.ndarray
+    values: np.ndarray | pa.Array
+
+
 def _array(values, dtype: pa.DataType) -> pa.Array:
     if isinstance(values, pa.Array):
         return values
+    if isinstance(values, Lists):
+        offsets = np.concatenate([[0], np.cumsum(values.counts)])
+        return pa.ListArray.from_arrays(pa.array(offsets, I32), _array(values.values, dtype.value_type))
     if pa.types.is_list(dtype) and getattr(values, "ndim", 1) == 2:
-        rows, width = values.shape
-        flat = pa.array(values.reshape(-1), dtype.value_type)
-        return pa.ListArray.from_arrays(
-            pa.array(range(0, (rows + 1) * width, width) if width else [0] * (rows + 1), I32), flat
-        )
+        return _array(Lists(np.full(len(values), values.shape[1]), values.reshape(-1)), dtype)
     return pa.array(values, dtype)
 
 
