@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from tasks.activations import Extreme, Images, LayerState, Room
 from tasks.exemplars import _best
 from tasks.forward import HookedTarget, TargetPass, describe
 from tasks.layers import Layer, LayersSettings
-from tasks.moments import BINS, EDGES, count_bins
+from tasks.moments import BINS, EDGES, EMPTY, count_bins
 from tasks.probing import ProbingSettings
 from tasks.signs import RECTIFIED
 from tasks.store import hash64
@@ -269,3 +270,28 @@ def test_a_batch_on_a_gpu_is_not_waited_for(pool):
             state.fold(images)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_a_shard_keeps_was_there_before_its_first_batch():
+    """What is taken during a pass and kept lies between the tensors of the model, and the holes between them grow."""
+    size, device = 8, torch.device("cpu")
+    state = LayerState(Layer("x", 64, "tokens", (4, 4), 1), slice(0, 64), "max", Room(5, 2 * size, 12, 16), device)
+    everyone, places = torch.ones(size, dtype=torch.bool), torch.arange(3)
+    embeddings = torch.rand(2 * size, 16)
+
+    def kept():
+        owners = (state, state.top, state.bottom, state.moments)
+        tensors = [x for owner in owners for x in tree_leaves(vars(owner)) if isinstance(x, torch.Tensor)]
+        return {(x.data_ptr(), x.numel()) for x in tensors if x.numel() > 64}  # one value a unit does not matter
+
+    before = kept()
+    for turn in range(2):
+        for batch in range(2):
+            order = torch.arange(size) + (2 * turn + batch) * size
+            state.see(torch.randn(size, 17, 64), Images(everyone, everyone, order, embeddings[:size], places, places))
+            assert kept() == before
+        both = everyone.repeat(2)
+        state.fold(Images(both, both, torch.arange(2 * size), embeddings, torch.arange(6), places))
+        assert kept() == before
+    assert (state.stored, state.waiting, len(before)) == (12, 0, 10)
+    assert state.top.keys.amin() > EMPTY
