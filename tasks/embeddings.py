@@ -6,7 +6,7 @@ their vector is the image's own.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tasks.clip import Clip, ClipSettings
 from tasks.columns import BOX
 from tasks.crops import MAX_CROPS
 from tasks.forward import worker_device
-from tasks.images import ImageList, ImageReader, covering, prefetch
+from tasks.images import ImageList, covering, opened_there, prefetch, processes
 from tasks.pixels import FILTERS
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
@@ -89,21 +89,20 @@ class EmbeddingsWorker:
             yield F.pad(waiting, (0, 0, 0, 0, 0, 0, 0, size - len(waiting)))
 
     def _crops(self, numbers: np.ndarray, boxes: np.ndarray) -> Iterator[torch.Tensor]:
-        """uint8 [n, H, W, 3] of the crops of each image, decoded ahead; `numbers` are sorted."""
-        reader, (images, firsts) = ImageReader(self.images.options), np.unique(numbers, return_index=True)
+        """uint8 [n, H, W, 3] of the crops of each image, decoded ahead, beside a GPU in processes as ImageList.batches
+        does; `numbers` are sorted."""
+        preprocess, (images, firsts) = self.clip.preprocess, np.unique(numbers, return_index=True)
         boxes_of = dict(zip(images.tolist(), np.split(boxes, firsts)[1:], strict=True))
 
-        def load(image: int) -> torch.Tensor:
-            photo = self.images.open(image, reader)
-            if self.on_device:
-                pixels = torch.from_numpy(np.array(photo))
-                return pixels.pin_memory() if self.device.type == "cuda" else pixels
-            cut = [self.clip.preprocess.pixels(photo.crop(tuple(box))) for box in boxes_of[image].tolist()]
-            return torch.from_numpy(np.stack(cut))
+        def cut(image: int) -> np.ndarray:
+            photo = self.images.open(image, self.images.reader)
+            return np.stack([preprocess.pixels(photo.crop(tuple(box))) for box in boxes_of[image].tolist()])
 
-        for image, loaded in zip(images.tolist(), prefetch(load, images.tolist(), AHEAD), strict=True):
-            loaded = loaded.to(self.device, non_blocking=True)
-            yield self.clip.preprocess.cut(loaded, boxes_of[image]) if self.on_device else loaded
+        load, pool = (partial(opened_there, self.images), processes()) if self.on_device else (cut, None)
+        for image, loaded in zip(images.tolist(), prefetch(load, images.tolist(), AHEAD, pool=pool), strict=True):
+            pixels = torch.from_numpy(loaded)
+            pixels = (pixels.pin_memory() if self.device.type == "cuda" else pixels).to(self.device, non_blocking=True)
+            yield preprocess.cut(pixels, boxes_of[image]) if self.on_device else pixels
 
 
 @dataclass

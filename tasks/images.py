@@ -275,7 +275,17 @@ KNOWN: dict[str, ImageList] = {}
 """In a process that decodes: lists by their folder, with the tables that they have read."""
 
 
+def _known(images: ImageList) -> ImageList:
+    """The same list: each call brings it without its table."""
+    return KNOWN.setdefault(images.folder.store.path(images.folder.name), images)
+
+
 def decoded_there(images: ImageList, preprocess: Preprocess, group: np.ndarray) -> np.ndarray:
-    """ImageList.decoded in another process, to which each call brings the list without its table."""
-    known = KNOWN.setdefault(images.folder.store.path(images.folder.name), images)
-    return known.decoded(preprocess, group)
+    """ImageList.decoded in another process."""
+    return _known(images).decoded(preprocess, group)
+
+
+def opened_there(images: ImageList, image: int) -> np.ndarray:
+    """ImageList.open in another process, uint8 [H, W, 3]."""
+    known = _known(images)
+    return np.array(known.open(image, known.reader))

@@ -17,6 +17,7 @@ from tasks.activations import ActivationsSettings
 from tasks.clip import ClipSettings, JudgeSettings
 from tasks.clusters import RefineSettings
 from tasks.drawn import DrawnSettings
+from tasks.images import DECODERS
 from tasks.layers import LayersSettings
 from tasks.neurons import NeuronsSettings
 from tasks.patches import PatchesSettings
@@ -41,8 +42,6 @@ PER_ANSWER, PER_PHRASE, HEAPS = 25, 4, 0.806
 ones (Heaps' law; the drawn world's model: 1,791 hold 420)."""
 BASE = 1.0 * 2**30
 """Bytes of a worker's process before it has done anything: Python, torch, Arrow."""
-PREFETCH = 2
-"""Threads that decode images ahead (tasks/images.py)."""
 
 
 @dataclass
@@ -147,6 +146,8 @@ class Estimate:
     """Numbers that models write."""
     pixels: float = 0
     """Pixels that are decoded, cropped and resized."""
+    cut: float = 0
+    """The same of crops, which a GPU cuts itself, in no time."""
     drawn: float = 0
     """Scenes of the drawn world that are drawn."""
     read: float = 0
@@ -195,8 +196,9 @@ def seconds(found: Estimate, work: Work, rates: Rates, facts: Facts) -> float:
         half = facts.half and found.model == "target" and found.stage.split()[-1] not in ("screen", "ablation")
         compute = found.flops / ((rates.gpu_tflops if half else rates.gpu_tflops_float32) * 1e12)
         compute += found.values * (2 if half else 4) / (rates.gpu_gb * 1e9)
-        decode /= min(PREFETCH, work.cpus)
+        decode /= min(DECODERS, work.cpus)
     else:
+        decode += found.cut / (rates.megapixels * 1e6)
         compute = found.flops / (rates.cpu_gflops * 1e9) + found.values * 4 / (rates.cpu_gb * 1e9)
         compute /= work.threads
     if found.model in facts.seconds:

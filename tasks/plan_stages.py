@@ -50,9 +50,6 @@ PAIRWISE = ("cos_cubed", "rank_reorder", "auc")
 """Scorers that look at the similarity of every image of the sample to every concept."""
 PAGE_BYTES, THUMBNAIL = 5130, {"photo": 3.6, "drawn": 2.8}
 """Bytes of a neuron on the report's pages, and pixels of a thumbnail per byte of its JPEG."""
-FRAGMENTS = 2.2
-"""Times the memory of the statistics that a process takes for them: tensors of layers come and go between them, and the
-allocator cannot fill the holes (ViT-L, 98,304 units, batches of 8: 7.7 GiB in all)."""
 HANDLING = 60_000
 """Pixels in whose time an image of any size is opened, handed over and laid into its batch."""
 REMEMBERED = 4096
@@ -258,8 +255,7 @@ class Planner:
         written = tails + BINS * 16 + 8 * width + 6 * stored
         largest = max(layer.num_units * _positions(layer) for layer in self.layers)
         memory = BASE + self._weights(self.facts.target.cost) + self._batch(self.facts.target.cost)
-        holes = FRAGMENTS if 4 * batch * largest < 2**25 else 1  # larger tensors have pages of their own
-        memory += holes * self.units * (state + 1.6 * written) + 12.0 * batch * largest
+        memory += self.units * (state + 1.6 * written) + 12.0 * batch * largest
         return self._estimate("activations", self.shards, (rows, size), **work, memory=memory)
 
     def _kind(self, layer: Layer, tail: int) -> str:
@@ -319,9 +315,9 @@ class Planner:
         images = min(self.exemplar_images, self.cut)
         sides = [(w * h) ** 0.5 for w, h in self.sizes]
         crop = np.mean([(s * size) ** 2 for s in sides for size in self.settings.patches.crops.sizes])
-        pixels = images * self.photo + self.cut * (float(crop) + 2 * clip.image.side**2 + HANDLING)
+        cut = self.cut * (float(crop) + 2 * clip.image.side**2 + HANDLING)
         work = self._model("clip", clip.image, calls * batch)
-        work |= {"images": images, "pixels": pixels, "drawn": self._drawn(images)}
+        work |= {"images": images, "pixels": images * self.photo, "cut": cut, "drawn": self._drawn(images)}
         memory = BASE + self._weights(clip.image, clip.text) + self._batch(clip.image)
         return self._estimate("embeddings", self.shards, table, **work, memory=memory)
 
