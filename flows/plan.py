@@ -77,8 +77,10 @@ def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     against = config.vocabulary.against
     other = len(clean(read_concepts(None if against == "lexicon" else against), 12)[0]) if against else None
     drawn = all(uri.startswith("world://") for uri in config.probing.uris) and bool(config.probing.uris)
-    work = _work(config, "activations", 0, 1)
-    half = work.gpu and config.target.dtype != "float32"
+    gpu = _work(config, "activations", 0, 1).gpu
+    dtypes = {"target": config.target.dtype, "clip": config.clip.dtype}
+    dtypes |= {"judge": config.judge.dtype} if config.judge else {}
+    half = tuple(model for model, dtype in dtypes.items() if gpu and dtype != "float32")
     spent = timed(config.target, config.clip, config.probing.batch_size, config.cluster.threads) if measure else ()
     facts = Facts(images or len(rows), drawn, target, clip, judge, len(concepts), prompts, other, words, half)
     facts.seconds = dict(zip(("target", "clip"), spent, strict=False))

@@ -23,6 +23,7 @@ import torch
 from tasks.activations import ActivationsJob, ActivationsWorker
 from tasks.bench_data import Chain, Decoded, Tower, draw_files
 from tasks.bench_figures import Figure, figure, has_cuda, in_turn, named, timed
+from tasks.clip import DTYPES
 from tasks.embeddings import EmbeddingsWorker
 from tasks.forward import describe
 from tasks.image_embeddings import ImageEmbeddingsWorker
@@ -30,7 +31,7 @@ from tasks.layers import LayersSettings
 from tasks.probing import ProbingSettings
 from tasks.scores import ScoresWorker
 from tasks.store import peak_mib
-from tasks.target import DTYPES, TargetSettings
+from tasks.target import TargetSettings
 
 MODELS = {"vit_b": "vit_base_patch16_224", "vit_l": "vit_large_patch16_224"}
 TIMES = 10
@@ -146,7 +147,9 @@ def chain(settings: BenchSettings, folder: Path, count: int, model: str, clip: s
     shard = -(-min(settings.shard, count) // size) * size
     probing = ProbingSettings(str(files), seed=settings.seed, shard_size=shard, batch_size=size)
     found = describe(target, LayersSettings(layers)).layers
-    made = Chain(str(folder), probing, target, found, Tower(clip), settings.dtype, settings.threads)
+    made = Chain(
+        str(folder), probing, target, found, Tower(clip, dtype=settings.dtype), settings.dtype, settings.threads
+    )
     made.probe()
     made.random_embeddings()
     return made
@@ -232,7 +235,7 @@ def bare_clip(worker: EmbeddingsWorker | ImageEmbeddingsWorker, count: int) -> C
     @torch.inference_mode()
     def run() -> None:
         for _ in range(-(-count // size)):
-            clip.model.encode_image(x)
+            clip.encode(x)
 
     return run
 

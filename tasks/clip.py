@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from tasks.pixels import Preprocess
 from tasks.store import fingerprint
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 @dataclass
 class ClipSettings:
@@ -28,8 +30,12 @@ class ClipSettings:
     """Tag of open_clip's weights, or a file; not used for a folder."""
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}"])
     """Texts with one hole; the embedding of a concept is the normalised mean over them."""
+    dtype: str = "float32"
+    """In which the products of an image's encoding are made; float16 is several times as fast on a GPU."""
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.key}.dtype={self.dtype}: allowed are {', '.join(DTYPES)}")
         if not self.name:
             raise ValueError(f"{self.key}.name is missing: give an open_clip model name or a folder")
         bad = [t for t in self.templates if t.count("{}") != 1]
@@ -152,14 +158,15 @@ def check_clip(settings: ClipSettings) -> None:
 def clip_identity(settings: ClipSettings) -> str:
     """What the fingerprint holds of the CLIP: for local files the hash of every byte. Raises as check_clip."""
     check_clip(settings)
+    dtype = "" if settings.dtype == "float32" else f" {settings.dtype}"
     if not settings.is_folder:
-        return f"{settings.name} {settings.pretrained}"
+        return f"{settings.name} {settings.pretrained}{dtype}"
     files = sorted(f for f in os.listdir(settings.name) if f.endswith((".json", ".safetensors", ".txt")))
     hashes = {}
     for name in files:
         with open(f"{settings.name}/{name}", "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return fingerprint(hashes)
+    return fingerprint(hashes) + dtype
 
 
 class Clip:
@@ -180,7 +187,13 @@ class Clip:
         """The same on the device, which nobody waits for."""
         assert len(pixels_BHWC) == self.batch_size, "every call has one batch shape"
         x_BCHW = self.preprocess.normalise(pixels_BHWC.to(self.device, non_blocking=True))
-        return F.normalize(self.model.encode_image(x_BCHW).float(), dim=-1).half()
+        return F.normalize(self.encode(x_BCHW).float(), dim=-1).half()
+
+    def encode(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """encode_image in the number format of the settings; weights and what adds up stay float32."""
+        dtype = DTYPES[self.settings.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.model.encode_image(x_BCHW)
 
     @torch.inference_mode()
     def concepts(self, concepts: list[str]) -> np.ndarray:

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from tasks.axes import first_tensor
+from tasks.clip import DTYPES
 from tasks.images import ImageList
 from tasks.layers import Layer, LayersSettings, by_module, find_layers, hooked, readers
 from tasks.pixels import Preprocess
-from tasks.target import DTYPES, TargetSettings, load_target
+from tasks.target import TargetSettings, load_target
 
 
 def worker_device(threads: int) -> torch.device:

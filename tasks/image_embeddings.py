@@ -6,6 +6,7 @@ In: images, CLIP. Out: one vector per image; unreadable images have a zero vecto
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from tasks.clip import Clip, ClipSettings
 from tasks.forward import worker_device
@@ -30,15 +31,12 @@ class ImageEmbeddingsWorker:
         self.clip = Clip(job.clip, worker_device(job.threads), job.images.batch_size)
 
     def run(self, part: int) -> PartReport:
-        report, vectors = PartReport(part), []
-        batches = self.images.shard_batches(part)
+        report, numbers = PartReport(part), np.array(self.images.shard(part))
         with report.phase("compute"):
-            for numbers, pixels in zip(batches, self.images.batches(batches, self.clip.preprocess), strict=True):
-                vectors.append(self.clip.images(pixels)[: len(numbers)] * self.images.ok[numbers][:, None])
-        numbers = np.array(self.images.shard(part))
-        table = make_table(
-            "image_embeddings", {"image": numbers, "embedding": np.concatenate(vectors).astype(np.float16)}
-        )
+            batches = self.images.batches(self.images.shard_batches(part), self.clip.preprocess)
+            found = torch.cat([self.clip.vectors(pixels) for pixels in batches])  # a GPU is waited for once
+            vectors = found[: len(numbers)].cpu().numpy() * self.images.ok[numbers][:, None]
+        table = make_table("image_embeddings", {"image": numbers, "embedding": vectors.astype(np.float16)})
         with report.phase("write"):
             self.job.out.write(part, {"image_embeddings": table})
         report.rows = {"image_embeddings": table.num_rows}

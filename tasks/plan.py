@@ -48,14 +48,14 @@ BASE = 1.0 * 2**30
 class Rates:
     """What machines do per second, and their prices; every one can be given as key=value."""
 
-    cpu_gflops: float = 90
+    cpu_gflops: float = 110
     """Billions of operations of a float32 model on one CPU thread."""
     cpu_gb: float = 8
     """Gigabytes that its operations write, on one CPU thread."""
     gpu_tflops: float = 300
     """Trillions of operations in half precision: an H100 at 30 % of its 989."""
     gpu_tflops_float32: float = 40
-    """The same in float32, in which CLIP runs: 60 % of an H100's 67."""
+    """The same in float32, in which CLIP runs unless clip.dtype says otherwise: 60 % of an H100's 67."""
     gpu_gb: float = 2000
     """Gigabytes per second to and from its memory: 60 % of an H100's 3,350."""
     megapixels: float = 60
@@ -117,8 +117,8 @@ class Facts:
     against: int | None
     """Phrases of the list that names are compared with."""
     words: Words
-    half: bool = False
-    """Whether a GPU runs the target in half precision."""
+    half: tuple[str, ...] = ()
+    """Models that a GPU runs in half precision: target, clip, judge."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Measured, of one image, by model (target, clip); instead of what the rates say."""
 
@@ -193,7 +193,7 @@ def seconds(found: Estimate, work: Work, rates: Rates, facts: Facts) -> float:
     """
     decode = found.pixels / (rates.megapixels * 1e6) + found.drawn / rates.scenes
     if work.gpu:
-        half = facts.half and found.model == "target" and found.stage.split()[-1] not in ("screen", "ablation")
+        half = found.model in facts.half and found.stage.split()[-1] not in ("screen", "ablation")
         compute = found.flops / ((rates.gpu_tflops if half else rates.gpu_tflops_float32) * 1e12)
         compute += found.values * (2 if half else 4) / (rates.gpu_gb * 1e9)
         decode /= min(DECODERS, work.cpus)

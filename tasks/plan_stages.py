@@ -219,7 +219,7 @@ class Planner:
         return self._estimate(stage, parts, self._once("phrase_embeddings", phrases), **work, memory=memory)
 
     def _evidence(self) -> Iterator[Estimate]:
-        if self.facts.half and self.settings.target.dtype == "auto":
+        if "target" in self.facts.half and self.settings.target.dtype == "auto":
             work = self._model("target", self.facts.target.cost, 3 * min(SAMPLE, self.facts.images))
             yield self._estimate("precision", 1, self._once("precision", 3), **work)
         yield self._activations()
@@ -340,7 +340,7 @@ class Planner:
             "scores", len(self.blocks), table, flops=per_unit * self.units, other=other, read=read, memory=memory
         )
         table = self._by_block("explanations", 1, images=self.facts.images)
-        yield self._estimate("explanations", len(self.blocks), table, other=4e-5 * self.units)
+        yield self._estimate("explanations", len(self.blocks), table, other=1e-5 * self.units)
 
     def _read(self, tables: tuple[str, ...]) -> float:
         """Bytes of tables that a later stage reads whole."""
@@ -375,7 +375,7 @@ class Planner:
 
     def _neurons(self) -> Iterator[Estimate]:
         table = self._by_block("neurons", 1, images=self.facts.images)
-        yield self._estimate("neurons", len(self.blocks), table, other=1e-4 * self.units)
+        yield self._estimate("neurons", len(self.blocks), table, other=2e-5 * self.units)
 
     def _rounds(self) -> Iterator[Estimate]:
         """All rounds that are allowed; a sweep may end with fewer."""
@@ -408,7 +408,7 @@ class Planner:
         )  # fmt: skip
         named = distinct(self.units, self.concepts, POPULAR)
         figures = 6 * len(self.layers) + HUBS + 0.75 * PAIRS + (self.concepts - named) + len(facts.prompts)
-        work = {"flops": 2.0 * self.concepts**2 * width, "other": 8e-5 * self.units}
+        work = {"flops": 2.0 * self.concepts**2 * width, "other": 1e-5 * self.units}
         yield self._estimate("coverage", 1, self._once("coverage", figures), **work)
         if facts.drawn:
             parts = -(-round(named) // PHRASES_PER_PART)

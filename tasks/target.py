@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from tasks.clip import ClipSettings, load_clip_model
+from tasks.clip import DTYPES, ClipSettings, load_clip_model
 from tasks.pixels import INTERPOLATIONS, RESIZES, Preprocess
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass

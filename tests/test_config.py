@@ -51,6 +51,7 @@ def test_every_choice_of_every_group_composes(group):
         ("activations.k=0", "activations.k=0: must be at least 1"),
         ("patches.k=200", "patches.k=200: must be at most activations.k=100"),
         ("patches.crops.sizes=[2]", "patches.crops.sizes=[2.0]: allowed are shares in (0, 1]"),
+        ("clip.dtype=int8", "clip.dtype=int8: allowed are float32, float16, bfloat16"),
         ("layers.pool=median", "layers.pool=median: allowed are max, mean, cls"),
         ("layers.names=[]", "layers.names is empty: allowed are mlp, residual, conv, logits, all, heads, sae and"),
         ("scorer.name=best", "scorer.name=best: allowed are mean_cosine, contrastive, weighted_mean, correlation"),

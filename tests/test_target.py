@@ -146,6 +146,18 @@ def test_clip_vectors_do_not_depend_on_their_neighbours(tiny):
     assert np.array_equal(together[4:], clip.concepts(words[4:]))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_clip_in_half_precision(tiny, dtype, error):
+    """Nearly the same vectors, in a folder of their own; words stay float32."""
+    settings = [ClipSettings(str(tiny)), ClipSettings(str(tiny), dtype=dtype)]
+    assert clip_identity(settings[1]) == f"{clip_identity(settings[0])} {dtype}"
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8))
+    whole, half = (Clip(s, CPU, 8) for s in settings)
+    a, b = (clip.images(pixels).astype(np.float32) for clip in (whole, half))
+    assert 0 < np.abs(a - b).max() < error
+    assert np.array_equal(*(clip.concepts(["red", "blue"]) for clip in (whole, half)))
+
+
 def test_templates_are_averaged(tiny):
     one = Clip(ClipSettings(str(tiny), templates=["a {}"]), CPU, 4).concepts(["cat"]).astype(np.float32)
     two = Clip(ClipSettings(str(tiny), templates=["the {}"]), CPU, 4).concepts(["cat"]).astype(np.float32)
