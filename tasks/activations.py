@@ -169,7 +169,7 @@ class LayerState:
         a_GU = torch.where(keep, values_GU, 0)
         for power, x_GU in enumerate((a_GU, a_GU**3)):
             self.sums_2U[power] += x_GU.double().sum(0)
-            self.embedding_sums_2UD[power] += (x_GU.T @ group.embeddings).double()
+            self.embedding_sums_2UD[power] += x_GU.T @ group.embeddings  # float64 += float32, without a copy
         self.explain_count += keep.sum(0)
         rows = slice(self.stored, self.stored + len(group.stored))
         self.stored = rows.stop
