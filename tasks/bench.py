@@ -147,9 +147,8 @@ def chain(settings: BenchSettings, folder: Path, count: int, model: str, clip: s
     shard = -(-min(settings.shard, count) // size) * size
     probing = ProbingSettings(str(files), seed=settings.seed, shard_size=shard, batch_size=size)
     found = describe(target, LayersSettings(layers)).layers
-    made = Chain(
-        str(folder), probing, target, found, Tower(clip, dtype=settings.dtype), settings.dtype, settings.threads
-    )
+    tower = Tower(clip, dtype=settings.dtype)
+    made = Chain(str(folder), probing, target, found, tower, settings.dtype, settings.threads)
     made.probe()
     made.random_embeddings()
     return made
