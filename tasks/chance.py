@@ -5,6 +5,7 @@ concept. Several nets, because the units of one are all alike: in one net many f
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import torch
 
 from tasks.correlation import correlations, product
 from tasks.forward import HookedTarget, TargetPass
+from tasks.layers import Layer
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table, matrix
 
@@ -63,12 +65,13 @@ class ChanceWorker:
         found: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in model.layers}
         size = model.images.batch_size
         batches = [self.numbers[start : start + size] for start in range(0, len(self.numbers), size)]
-        target.run(
-            batches,
-            lambda layer, output: found[layer.name].append(layer.pooled(output, self.job.pool, slice(UNITS)).cpu()),
-            lambda _: None,
-        )
-        return {name: torch.cat(rows)[: len(self.numbers)].T.numpy() for name, rows in found.items() if rows}
+
+        def on_layer(layer: Layer, output: Any) -> None:
+            pooled_BU = layer.pooled(output, self.job.pool, slice(UNITS))
+            found[layer.name].append(pooled_BU.clone())  # not a view, which would hold all units of the layer
+
+        target.run(batches, on_layer, lambda _: None)
+        return {name: torch.cat(rows)[: len(self.numbers)].T.cpu().numpy() for name, rows in found.items() if rows}
 
     def _table(self, layer: str, pooled_UN: np.ndarray) -> pa.Table:
         """Empty for a layer in which nothing varies."""

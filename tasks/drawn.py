@@ -85,13 +85,13 @@ class DrawnWorker:
         found: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
 
         def on_layer(layer: Layer, output: Any) -> None:
-            found[layer.name].append(layer.pooled(output, self.job.pool, chosen[layer.name]).cpu())
+            found[layer.name].append(layer.pooled(output, self.job.pool, chosen[layer.name]))
 
         self.target.run_arrays(scenes, on_layer)
         activations = np.empty((len(scenes), len(numbers)), np.float32)
         for name, batches in found.items():
             if batches:
-                activations[:, rows[name]] = torch.cat(batches)[: len(scenes)].numpy()
+                activations[:, rows[name]] = torch.cat(batches)[: len(scenes)].cpu().numpy()
         return activations
 
 

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from tasks.clip import Clip, ClipSettings
 from tasks.columns import BOX
 from tasks.crops import MAX_CROPS
+from tasks.decoding import from_processes, prefetch
 from tasks.forward import worker_device
-from tasks.images import ImageList, covering, opened_there, prefetch, processes
-from tasks.pixels import FILTERS
+from tasks.images import ImageList, covering, opened_there
+from tasks.pixels import FILTERS, copied
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
 TEXTS_PER_PART = 1024
 AHEAD = 32
-"""Images decoded before their turn."""
+"""Images decoded before their turn, in threads."""
+PHOTO_BYTES = 2**22
+"""Of the memory in which a process hands over a photo; larger ones, above 1.4 megapixels, go through a pipe."""
 
 
 @dataclass
@@ -98,10 +101,13 @@ class EmbeddingsWorker:
             photo = self.images.open(image, self.images.reader)
             return np.stack([preprocess.pixels(photo.crop(tuple(box))) for box in boxes_of[image].tolist()])
 
-        load, pool = (partial(opened_there, self.images), processes()) if self.on_device else (cut, None)
-        for image, loaded in zip(images.tolist(), prefetch(load, images.tolist(), AHEAD, pool=pool), strict=True):
-            pixels = torch.from_numpy(loaded)
-            pixels = (pixels.pin_memory() if self.device.type == "cuda" else pixels).to(self.device, non_blocking=True)
+        wanted = images.tolist()
+        if self.on_device:
+            found = from_processes(partial(opened_there, self.images), wanted, PHOTO_BYTES)
+        else:
+            found = prefetch(cut, wanted, AHEAD)
+        for image, loaded in zip(wanted, found, strict=True):
+            pixels = copied(loaded, self.device)
             yield preprocess.cut(pixels, boxes_of[image]) if self.on_device else pixels
 
 

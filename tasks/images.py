@@ -3,16 +3,10 @@
 In: the images table (or the listing). Out: an ImageList, the bytes of single images, batches of model input.
 """
 
-import os
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import cache, cached_property, lru_cache, partial
-from multiprocessing import get_context
-from threading import Thread
+from functools import cached_property, lru_cache, partial
+from math import prod
 from typing import Any, cast
 
 import fsspec
@@ -22,13 +16,12 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from tasks.decoding import Written, from_processes, prefetch
 from tasks.pixels import BadImage, Preprocess, decode
 from tasks.store import Folder, fingerprint, hash64
 
 fsspec.register_implementation("world", "tasks.world.files.WorldFileSystem")  # drawn scenes; imported when asked for
 SPLITS = ("explain", "select", "validate")
-DECODERS = 16
-"""Processes that decode for one GPU, at most: a photo takes a CPU some 5 ms, and a GPU a third of one."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 
 
@@ -207,18 +200,21 @@ class ImageList:
 
         An image that was readable in the probing stage and no longer is raises BadImage: the data has changed.
         """
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            load, ahead, pool = partial(decoded_there, self, preprocess), 2 * DECODERS, processes()
+        shape = (self.batch_size, *preprocess.size, 3)
+        if torch.cuda.is_available():
+            load = partial(decoded_there, self, preprocess, shape)
+            for pixels_BHWC in from_processes(load, groups, prod(shape)):
+                yield torch.from_numpy(pixels_BHWC).pin_memory()
         else:
-            load, ahead, pool = partial(self.decoded, preprocess), 2, None
-        for pixels_BHWC in prefetch(load, groups, ahead, pool=pool):
-            batch = torch.from_numpy(pixels_BHWC)
-            yield batch.pin_memory() if on_gpu else batch
+            load = partial(self.decoded, preprocess, shape)
+            yield from map(torch.from_numpy, prefetch(load, groups, ahead=2))
 
-    def decoded(self, preprocess: Preprocess, group: np.ndarray) -> np.ndarray:
-        """One of the batches."""
-        batch = np.zeros((self.batch_size, *preprocess.size, 3), np.uint8)
+    def decoded(
+        self, preprocess: Preprocess, shape: tuple[int, ...], group: np.ndarray, memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One of the batches, in this memory where some is given."""
+        batch = np.zeros(shape, np.uint8) if memory is None else memory.reshape(shape)
+        batch[:] = 0
         for slot in np.flatnonzero(self.ok[group]):
             batch[slot] = preprocess.pixels(self.open(int(group[slot]), self.reader))
         return batch
@@ -234,43 +230,6 @@ def covering(start: int, stop: int, size: int) -> range:
     return range(start // size * size, stop, size) if start < stop else range(0)
 
 
-def prefetch(
-    load: Callable[[Any], Any], items: Sequence, ahead: int, threads: int = 2, pool: Executor | None = None
-) -> Iterator[Any]:
-    """load(item) for every item, in order, computed in threads, or by the pool, up to `ahead` results before they are
-    asked for."""
-    with ThreadPoolExecutor(threads) if pool is None else nullcontext(pool) as pool:
-        waiting: deque[Future] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(load, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # nobody asks for the others any longer
-            for future in waiting:
-                future.cancel()
-
-
-@cache
-def processes() -> ProcessPoolExecutor:
-    """They decode until this process ends."""
-    return ProcessPoolExecutor(min(os.cpu_count() or 1, DECODERS), get_context("spawn"), _end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """However the parent ends: killed, it could not tell."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(5)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
 KNOWN: dict[str, ImageList] = {}
 """In a process that decodes: lists by their folder, with the tables that they have read."""
 
@@ -280,12 +239,18 @@ def _known(images: ImageList) -> ImageList:
     return KNOWN.setdefault(images.folder.store.path(images.folder.name), images)
 
 
-def decoded_there(images: ImageList, preprocess: Preprocess, group: np.ndarray) -> np.ndarray:
+def decoded_there(
+    images: ImageList, preprocess: Preprocess, shape: tuple[int, ...], group: np.ndarray, memory: np.ndarray
+) -> Written:
     """ImageList.decoded in another process."""
-    return _known(images).decoded(preprocess, group)
+    return _known(images).decoded(preprocess, shape, group, memory).shape
 
 
-def opened_there(images: ImageList, image: int) -> np.ndarray:
+def opened_there(images: ImageList, image: int, memory: np.ndarray) -> Written:
     """ImageList.open in another process, uint8 [H, W, 3]."""
     known = _known(images)
-    return np.array(known.open(image, known.reader))
+    photo = np.asarray(known.open(image, known.reader))
+    if photo.size > len(memory):
+        return photo
+    memory[: photo.size] = photo.reshape(-1)
+    return photo.shape

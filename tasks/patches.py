@@ -21,6 +21,7 @@ from tasks.crops import MAX_CROPS, CropSettings, grids, snap, square
 from tasks.forward import HookedTarget, TargetPass
 from tasks.images import covering
 from tasks.layers import Block, Layer
+from tasks.pixels import copied
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
@@ -130,12 +131,10 @@ class PatchesWorker:
         order = order[np.argsort(call_of[order], kind="stable")]
         ends = np.bincount(call_of[order], minlength=len(starts) * len(layers)).cumsum().tolist()
 
-        def device(values: np.ndarray, dtype: type) -> torch.Tensor:
-            return torch.from_numpy(values.astype(dtype)).to(self.device)
-
-        slots, units, seeds = (device(x[order], np.int64) for x in (slot, rows["unit"], rows["position"]))
-        bottom = device(rows["bottom"][order], bool)
-        signs, limits = 1 - 2.0 * bottom, device(rows["quantile"][order], np.float32).masked_fill(bottom, -torch.inf)
+        asked = (slot, rows["unit"], rows["position"])
+        slots, units, seeds = (copied(x[order].astype(np.int64), self.device) for x in asked)
+        bottom, quantiles = (copied(rows[name][order], self.device) for name in ("bottom", "quantile"))
+        signs, limits = 1 - 2.0 * bottom, quantiles.masked_fill(bottom, -torch.inf)
         places, found = torch.arange(len(order), device=self.device), torch.empty(len(order), 5, device=self.device)
         held: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         first, number_of = 0, {layer.name: number for number, layer in enumerate(layers)}

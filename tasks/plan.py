@@ -16,8 +16,8 @@ from tasks.ablation import AblationSettings
 from tasks.activations import ActivationsSettings
 from tasks.clip import ClipSettings, JudgeSettings
 from tasks.clusters import RefineSettings
+from tasks.decoding import DECODERS
 from tasks.drawn import DrawnSettings
-from tasks.images import DECODERS
 from tasks.layers import LayersSettings
 from tasks.neurons import NeuronsSettings
 from tasks.patches import PatchesSettings

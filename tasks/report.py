@@ -18,7 +18,8 @@ import pyarrow as pa
 from PIL import Image
 
 from tasks.crops import MAX_CROPS
-from tasks.images import ImageList, ImageReader, prefetch
+from tasks.decoding import prefetch
+from tasks.images import ImageList, ImageReader
 from tasks.layers import Block, Layer
 from tasks.report_classes import classes_page, worst_classes
 from tasks.report_layers import layers_page

@@ -22,6 +22,7 @@ from tasks.evidence import Evidence, Sample
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
+from tasks.pixels import copied
 from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, unexplained, weighted_mean
 from tasks.signs import rectified
 from tasks.store import Folder, PartReport, hash64
@@ -232,7 +233,7 @@ class ScoresWorker:
         place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
 
         def device(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, dtype)
+            return copied(np.ascontiguousarray(array), self.device).to(dtype)
 
         return Evidence(
             concepts_CD=self.concepts_CD,

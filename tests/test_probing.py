@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.images import SPLITS, ImageList, ImageReader, decoded_there, image_column, prefetch, processes
+from tasks.decoding import AHEAD, Slots, from_processes, prefetch
+from tasks.images import SPLITS, ImageList, ImageReader, decoded_there, image_column
 from tasks.pixels import BadImage, Preprocess, decode
 from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images, split_of
 from tasks.store import Folder, StoreSettings
@@ -777,13 +778,36 @@ def test_processes_decode_what_threads_do(tmp_path, photos):
     shutil.copytree(photos, tmp_path / "set")
     images, _ = probe(tmp_path, str(tmp_path / "set"), shard_size=24, batch_size=8)
     preprocess, groups = Preprocess((16, 16), (16, 16)), images.shard_batches(0)
-    load = partial(decoded_there, images, preprocess)
-    there = list(prefetch(load, groups, 2, pool=processes()))
+    load = partial(decoded_there, images, preprocess, (8, 16, 16, 3))
+    there = from_processes(load, groups, 8 * 16 * 16 * 3)
     assert all(np.array_equal(a, b) for a, b in zip(there, images.batches(groups, preprocess), strict=True))
     for path in (tmp_path / "set").rglob("*_3.*"):
         path.unlink()
     with pytest.raises(BadImage, match="unreadable"):
-        list(prefetch(load, groups, 2, pool=processes()))
+        list(from_processes(load, groups, 8 * 16 * 16 * 3))
+
+
+def counted(number, memory):
+    """As many values as fit are written, more are handed over."""
+    found = np.full((number, 2), number, np.uint8)
+    if found.size > len(memory):
+        return found
+    memory[: found.size] = found.reshape(-1)
+    return found.shape
+
+
+def test_memory_of_processes_is_used_again_and_again():
+    """More items than slots, arrays that fit and that do not; two users at once do not meet."""
+    numbers = [n % 40 for n in range(3 * AHEAD)]
+    first, second = (from_processes(counted, numbers, size) for size in (50, 70))
+    for number, ours, theirs in zip(numbers, first, second, strict=True):
+        assert ours.tolist() == theirs.tolist() == [[number, number]] * number
+    stopped = from_processes(counted, numbers, 50)
+    assert next(stopped).shape == (0, 2)
+    stopped.close()
+    slots = Slots(2, 0)
+    assert slots.array(1, (0, 3)).shape == (0, 3)
+    slots.close()
 
 
 @pytest.mark.parametrize("change", ["gone", "damaged"])

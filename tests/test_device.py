@@ -1,0 +1,111 @@
+"""What runs on a GPU, on one that is not there (tests/device.py): same tables as on a CPU, and no waiting."""
+
+from collections import Counter
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flows.config import compose
+from flows.run import load_run
+from flows.sweep import Sweep
+from tasks.layers import LayersSettings
+from tasks.precision import PrecisionJob, PrecisionWorker
+from tasks.probing import ProbingSettings
+from tasks.store import Folder, StoreSettings
+from tasks.target import TargetSettings
+from tests import samples
+from tests.device import OnGpu, simulated
+from tests.test_sae import random_sae
+
+
+def sweep(arguments, root, inside):
+    with inside as simulation:
+        Sweep(compose([*arguments, f"store.root={root}", "cluster=none"])).run()
+    return simulation
+
+
+@pytest.fixture
+def own_sums():
+    """On a CPU too the sums of attention and of layers are torch's plain ones, whose bits can be compared."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def test_tensors_of_two_devices_do_not_meet():
+    with simulated() as simulation:
+        there, here = torch.arange(4.0, device="cuda"), torch.ones(4)
+        assert isinstance(there, OnGpu)
+        assert there.device == torch.device("cuda", 0)
+        with pytest.raises(AssertionError, match="two devices"):
+            there + here
+        with pytest.raises(RuntimeError, match="not supported"):
+            there.numpy()
+        there[1:] += here.to("cuda", non_blocking=True)[1:]
+        assert simulation.waits == []
+        assert float(there.sum()) == 9
+        assert there[there > 1].cpu().tolist() == [2, 3, 4]
+    assert len(simulation.waits) == 3
+    assert all(line.startswith("test_device.py:") for line in simulation.waits)
+    assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("target", ["convolutions", "tokens"])
+def test_a_sweep_on_a_gpu_writes_the_same_tables(target, tmp_path, own_sums):
+    """All stages, all bytes: decoded in processes, reduced, cut and resized on the device, scored there."""
+    arguments = [*samples.sweep_arguments(tmp_path), "patches.tails=[top,bottom]"]
+    if target == "tokens":
+        sae = random_sae(tmp_path / "sae.safetensors", 64, 24)
+        arguments = [a for a in arguments if not a.startswith(("target", "layers"))]
+        arguments += ["target=timm", "target.name=test_vit", "target.pretrained=false", "layers.sae.centred=true"]
+        arguments += [f"layers.saes={{blocks.2: {sae}}}", "layers.names=[heads,residual,sae]", "unit_block=50"]
+        arguments += ["neurons.twin=true", "neurons.twin_nets=3"]
+    sweep(arguments, tmp_path / "cpu", nullcontext())
+    sweep(arguments, tmp_path / "gpu", simulated())
+    expected, found = samples.stored_tables(tmp_path / "cpu"), samples.stored_tables(tmp_path / "gpu")
+    assert set(found) == set(expected)
+    assert [name for name in expected if expected[name] != found[name]] == []
+    assert len(expected) > 50
+
+
+def test_nothing_waits_for_a_gpu_in_every_batch(tmp_path):
+    """One batch or six, the host waits at the same places as often: once a shard, once a block of units."""
+    folder = samples.sweep_arguments(tmp_path)
+    counts = []
+    for size in (8, 48):
+        arguments = [*folder, "probing.shard_size=48", f"probing.batch_size={size}"]
+        waits = sweep(arguments, tmp_path / str(size), simulated()).waits
+        counts.append(Counter(line for line in waits if not line.startswith("clip.py")))  # texts, once a vocabulary
+    assert counts[0] == counts[1]
+    assert {line.split(":")[0] for line in counts[0]} >= {"activations.py", "patches.py", "embeddings.py", "scores.py"}
+
+
+def test_half_precision_on_a_gpu(tmp_path):
+    """The stage that chooses a format runs the model in all three; CLIP under autocast stays close to float32."""
+    arguments = samples.sweep_arguments(tmp_path)
+    for dtype in ("float32", "float16"):
+        sweep([*arguments, f"clip.dtype={dtype}", f"run={dtype}"], tmp_path / "store", simulated())
+    store = compose(["probing.uri=x", f"store.root={tmp_path}/store"]).store
+    full, half = (load_run(store, run).folder("image_embeddings") for run in ("float32", "float16"))
+    vectors = [np.stack(f.read_all("image_embeddings")["embedding"].to_pylist()) for f in (full, half)]
+    assert not np.array_equal(*vectors)
+    first, second = (v[v.any(1)] / np.linalg.norm(v[v.any(1)], axis=1, keepdims=True) for v in vectors)
+    assert (first * second).sum(1).min() > 0.9999
+
+    settings = ProbingSettings(str(tmp_path / "photos"), shard_size=48, batch_size=8, max_skipped=1)
+    images = samples.probe(tmp_path / "probed", settings)
+    target = TargetSettings(
+        "factory", "tests/models.py:random_cnn", preprocess={"size": [32, 32], "resize_to": [32, 32]}
+    )
+    collected, _ = samples.collect(tmp_path / "collected", images, target, LayersSettings(["conv"]))
+    out = Folder(StoreSettings(str(tmp_path)), "precision", "x", ("precision",))
+    with simulated():
+        PrecisionWorker(PrecisionJob(out, collected.model)).run(0)
+    kept = dict(zip(*out.read("precision", 0).to_pydict().values(), strict=True))
+    assert kept["float32"] == 1
+    assert 0.8 < kept["bfloat16"] < kept["float16"] <= 1
