@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import itertools
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -110,6 +111,8 @@ def compose(overrides: list[str]) -> Config:
         raise ValueError(f"{part}: there is no judge to change; choose one too, for example judge=vit_l_14")
     if not any(OWN.match(override) for override in overrides):
         checked.append("experiment=world")
+    if shutil.which("nvidia-smi") and not any(override.startswith("cluster=") for override in overrides):
+        checked.append("cluster=gpu")  # as the Makefile tells which vLLM a machine gets
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):

@@ -137,8 +137,12 @@ def _work(config: Config, stage: str, workers: int, gpus: int) -> Work:
     gpu = need.num_gpus > 0
     cores = cluster.num_cpus or os.cpu_count() or 1
     most = gpus / need.num_gpus if gpu else cores / max(need.num_cpus, 1e-3)
-    count = need.workers or (1 if stage == "answers" else workers or cluster.default.workers or int(most))
-    return Work(gpu, max(int(count), 1), need.num_cpus, cluster.threads)
+    asked = need.workers or (1 if stage == "answers" else workers or cluster.default.workers or int(most))
+    count = max(int(asked), 1)
+    cpus = (
+        max(need.num_cpus, cores / count) if gpu else need.num_cpus
+    )  # a GPU's images are decoded on all that there are
+    return Work(gpu, count, cpus, cluster.threads)
 
 
 def priced(

@@ -9,6 +9,7 @@ K candidates.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -22,7 +23,7 @@ from tasks.layers import Block, Layer
 from tasks.moments import BINS, EMPTY, Moments, TopK, count_bins, key_values, order_keys
 from tasks.pixels import copied
 from tasks.signs import RECTIFIED
-from tasks.store import Folder, PartReport
+from tasks.store import WRITERS, Folder, PartReport
 from tasks.tables import Lists, make_table, matrix
 
 GROUP = 8
@@ -272,16 +273,17 @@ class ActivationsWorker:
 
     def _tables(self, states: dict[str, list[LayerState]]) -> tuple[dict[str, pa.Table], dict[str, list[int]]]:
         by_rank = np.argsort(self.images.order)
-        candidates, stats, pooled = [], [], []
-        for block in self.job.blocks:
+
+        def of_block(block: Block) -> tuple[pa.Table, pa.Table, pa.Table]:
             state = next(s for s in states[block.layer] if block.start < s.chosen.stop)
             units = slice(block.start - state.chosen.start, block.stop - state.chosen.start)
-            candidates.append(_candidates(state, block, units, by_rank))
-            stats.append(_stats(state, block, units))
-            pooled.append(_pooled(state, block, units))
-        tables = {"candidates": candidates, "stats": stats, "pooled": pooled}
-        groups = {name: [t.num_rows for t in found] for name, found in tables.items()}
-        return {name: pa.concat_tables(found) for name, found in tables.items()}, groups
+            return _candidates(state, block, units, by_rank), _stats(state, block, units), _pooled(state, block, units)
+
+        with ThreadPoolExecutor(WRITERS) as pool:  # sorting and converting leave Python to the others
+            found = zip(*pool.map(of_block, self.job.blocks), strict=True)
+        tables = dict(zip(("candidates", "stats", "pooled"), found, strict=True))
+        groups = {name: [t.num_rows for t in blocks] for name, blocks in tables.items()}
+        return {name: pa.concat_tables(blocks) for name, blocks in tables.items()}, groups
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:

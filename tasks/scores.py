@@ -231,16 +231,18 @@ class ScoresWorker:
     ) -> Evidence:
         ids, vectors, levels = self.crops
         place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
+        patches_UPD, exemplars_UKD = vectors[place_UP], self.images_ND[image_UK.clip(0)]
+        patches_UPD[crop_UP < 0], exemplars_UKD[image_UK < 0] = 0, 0
 
         def device(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return copied(np.ascontiguousarray(array), self.device).to(dtype)
 
         return Evidence(
             concepts_CD=self.concepts_CD,
-            patches_UPD=device(vectors[place_UP] * (crop_UP >= 0)[:, :, None]),
+            patches_UPD=device(patches_UPD),
             has_patch_UP=device(crop_UP >= 0, torch.bool),
             levels_UP=device(np.where(crop_UP >= 0, levels[place_UP], 0), torch.int64),
-            exemplars_UKD=device(self.images_ND[image_UK.clip(0)] * (image_UK >= 0)[:, :, None]),
+            exemplars_UKD=device(exemplars_UKD),
             has_exemplar_UK=device(image_UK >= 0, torch.bool),
             summed_UD=device(summed_UD),
             weighted_UD=device(weighted_UD),

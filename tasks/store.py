@@ -15,6 +15,7 @@ import resource
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +28,8 @@ import pyarrow.parquet as pq
 
 from tasks import tables
 
+WRITERS = 4
+"""Threads in which the tables of a part are made and encoded: beside a GPU there are CPUs for them."""
 SECRET = r".*(access_?key|secret|token|passw(or)?d|credential|connection_string).*|.*key"
 """Names of options that are not allowed."""
 
@@ -139,9 +142,11 @@ class Folder:
     def write(self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None) -> None:
         """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table."""
         assert set(written) == set(self.tables), f"{self.stage} writes {self.tables}, got {sorted(written)}"
-        for table in reversed(self.tables):
-            data = encode(tables.check(table, written[table]), (groups or {}).get(table))
-            self.store.put(part_name(self.name, table, part), data)
+        order = self.tables[::-1]
+        with ThreadPoolExecutor(WRITERS) as pool:  # Arrow leaves Python to the others while it encodes
+            encoded = pool.map(lambda t: encode(tables.check(t, written[t]), (groups or {}).get(t)), order)
+            for table, data in zip(order, encoded, strict=True):
+                self.store.put(part_name(self.name, table, part), data)
 
     def read(
         self,

@@ -1,5 +1,6 @@
 """Configuration: every preset composes; every mistake is one line that names key, value and what is allowed."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,6 +98,24 @@ def test_free_text_and_free_keys():
     assert compose(["cluster.stages.activations.num_gpus=1"]).cluster.resources("activations").num_gpus == 1
     assert compose(["cluster=gpu"]).cluster.resources("embeddings").num_gpus == 1
     assert compose(["cluster=gpu"]).cluster.resources("exemplars").num_gpus == 0
+
+
+def test_stages_that_run_models_have_a_gpu():
+    """Ray hides the GPUs from a worker that asked for none. (`benchmark` encodes a few texts.)"""
+    stages = compose(["cluster=gpu"]).cluster.stages
+    runs = {p.stem for p in (ROOT / "tasks").glob("*.py") if re.search(r"[^.\w](HookedTarget|Clip)\(", p.read_text())}
+    assert runs > {"activations", "embeddings", "chance"}
+    assert [stage for stage in runs - {"clip", "benchmark"} if not stages[stage].num_gpus] == []
+
+
+def test_a_machine_with_a_gpu_uses_it(tmp_path, monkeypatch):
+    """nvidia-smi decides, as in the Makefile; a cluster that is chosen stays."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not compose(["target=resnet50"]).cluster.stages
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert compose(["target=resnet50"]).cluster.stages["activations"].num_gpus == 1
+    assert compose([]).cluster.stages["answers"].num_gpus == 1
+    assert not compose(["target=resnet50", "cluster=local"]).cluster.stages
 
 
 def test_runs_are_named_after_what_they_do():
