@@ -14,8 +14,10 @@ from typing import Any, cast
 
 import fsspec
 
-from tasks.bench import BenchSettings, fresh, measure
+from tasks.bench import measure
 from tasks.bench_figures import Figure, hardware, versions
+from tasks.bench_runs import fresh
+from tasks.bench_settings import BenchSettings
 from tasks.charts import Axis, Point, chart, grid
 from tasks.store import encode
 from tasks.tables import SCHEMAS, make_table

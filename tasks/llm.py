@@ -133,18 +133,7 @@ class Vllm:
 
     def ask(self, prompts: list[Prompt]) -> list[Said]:
         """One call for all, so that the engine fills its batches and reads what prompts share once."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        params = [
-            SamplingParams(
-                temperature=self.settings.temperature,
-                max_tokens=self.settings.max_tokens,
-                seed=request_seed(self.settings, prompt),
-                structured_outputs=StructuredOutputsParams(json=self.schema),
-            )
-            for prompt in prompts
-        ]
+        params = self.sampling(prompts)
         if getattr(self.llm.get_tokenizer(), "chat_template", None):
             chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
             # Templates that know no thinking ignore the argument.
@@ -153,6 +142,21 @@ class Vllm:
         else:
             outputs = self.llm.generate([prompt.text for prompt in prompts], params, use_tqdm=False)
         return [Said(o.outputs[0].text, len(o.prompt_token_ids), len(o.outputs[0].token_ids)) for o in outputs]
+
+    def sampling(self, prompts: list[Prompt]) -> list[Any]:
+        """vLLM's SamplingParams of each prompt."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        return [
+            SamplingParams(
+                temperature=self.settings.temperature,
+                max_tokens=self.settings.max_tokens,
+                seed=request_seed(self.settings, prompt),
+                structured_outputs=StructuredOutputsParams(json=self.schema),
+            )
+            for prompt in prompts
+        ]
 
 
 class Openai:

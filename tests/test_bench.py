@@ -99,12 +99,13 @@ def test_everything_is_measured_where_only_torch_is_installed(tmp_path):
         assert 0 < row["low"] <= row["value"] <= row["high"]
         assert name in done.stdout
     shares = {name.removeprefix("sweep, "): row["value"] for name, row in rows.items() if name.startswith("sweep, ")}
-    assert rows["sweep"]["value"] == pytest.approx(shares.pop("target") + shares.pop("clip"))
+    assert rows["sweep"]["value"] == pytest.approx(shares.pop("target") + shares.pop("clip"))  # and no language model
     assert list(shares) == [
         "probing", "image_embeddings", "activations", "exemplars", "patches", "embeddings", "scores", "explanations",
     ]  # fmt: skip
     assert sum(shares.values()) == pytest.approx(1)
-    assert "without validation, neurons: no scipy" in rows["sweep"]["what"]
+    for left_out in ("validation: no scipy", "neurons: no scipy", "answers: no vLLM"):
+        assert f"; without {left_out}" in rows["sweep"]["what"]
     assert rows["bytes"]["base"] > 0
     curves = {name: row["size"] for name, row in rows.items() if row["size"] is not None}
     assert list(curves)[:3] == ["curve, 8 images", "curve, 16 images", "curve, 32 images"]
