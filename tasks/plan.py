@@ -27,6 +27,7 @@ from tasks.plan_models import ClipSketch, TargetSketch
 from tasks.probing import ProbingSettings
 from tasks.report import ReportSettings
 from tasks.scorers import ScorerSettings
+from tasks.store import WRITERS
 from tasks.target import TargetSettings
 
 EVEN = {"tokens": 2.0, "maps": 0.2, "images": 2.0}
@@ -204,8 +205,9 @@ def seconds(found: Estimate, work: Work, rates: Rates, facts: Facts) -> float:
     if found.model in facts.seconds:
         compute = found.passes * facts.seconds[found.model]
     both = max(decode, compute) if work.gpu else decode + compute
-    moved = sum(found.bytes.values()) / (rates.write_mb * 1e6) + found.read / (rates.read_mb * 1e6)
-    return both + moved + found.other
+    sizes = list(found.bytes.values()) or [0.0]  # the tables of a part are encoded beside each other
+    written = max(max(sizes), sum(sizes) / min(WRITERS, max(work.cpus, 1)))
+    return both + written / (rates.write_mb * 1e6) + found.read / (rates.read_mb * 1e6) + found.other
 
 
 def money(found: Estimate, spent: float, work: Work, rates: Rates, prices: list[float]) -> float:

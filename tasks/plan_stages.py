@@ -334,7 +334,7 @@ class Planner:
         memory = BASE + crops + self.facts.images * width * 4 + block * self.stored * 8 + concepts * width * 8
         memory += self.kept["explain"] * width * 8 + 32 * concepts * (settings.patches.k + 20) * 8
         read = passes * self._read(("pooled", "patches")) + self._read(("embeddings", "image_embeddings"))
-        other = 1.2e-3 * self.units + 3e-6 * (min(self.cut, 10 * NULL_CROPS) + self.facts.images)
+        other = 4e-4 * self.units + 3e-6 * (min(self.cut, 10 * NULL_CROPS) + self.facts.images)
         table = self._by_block("scores", keep)
         yield self._estimate(
             "scores", len(self.blocks), table, flops=per_unit * self.units, other=other, read=read, memory=memory

@@ -1,16 +1,21 @@
 """What runs on a GPU, on one that is not there (tests/device.py): same tables as on a CPU, and no waiting."""
 
+import time
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flows.config import compose
 from flows.run import load_run
+from flows.stage import ClusterSettings, start_ray
 from flows.sweep import Sweep
+from tasks.decoding import from_processes, processes
 from tasks.layers import LayersSettings
 from tasks.precision import PrecisionJob, PrecisionWorker
 from tasks.probing import ProbingSettings
@@ -18,7 +23,10 @@ from tasks.store import Folder, StoreSettings
 from tasks.target import TargetSettings
 from tests import samples
 from tests.device import OnGpu, simulated
+from tests.test_probing import counted
 from tests.test_sae import random_sae
+
+ROOT = Path(__file__).parents[1]
 
 
 def sweep(arguments, root, inside):
@@ -109,3 +117,25 @@ def test_half_precision_on_a_gpu(tmp_path):
     kept = dict(zip(*out.read("precision", 0).to_pydict().values(), strict=True))
     assert kept["float32"] == 1
     assert 0.8 < kept["bfloat16"] < kept["float16"] <= 1
+
+
+class Decoder:
+    """As a worker beside a GPU."""
+
+    def run(self):
+        found = [array.shape for array in from_processes(counted, range(5), 50)]
+        return found, [process.pid for process in processes()._processes.values()]
+
+
+def test_processes_that_decode_end_with_their_ray_worker():
+    start_ray(ClusterSettings())
+    actor = ray.remote(Decoder).options(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}).remote()
+    found, pids = ray.get(actor.run.remote())
+    assert found == [(number, 2) for number in range(5)]
+    assert pids
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    ray.kill(actor)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "they outlive the worker"
+        time.sleep(0.5)
