@@ -8,9 +8,10 @@ import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import count
@@ -31,7 +32,7 @@ Written = tuple[int, ...] | np.ndarray
 
 def prefetch(
     load: Callable[[Any], Any], items: Sequence, ahead: int, threads: int = 2, pool: Executor | None = None
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """load(item) for every item, in order, computed in threads, or by the pool, up to `ahead` results before they are
     asked for."""
     with ThreadPoolExecutor(threads) if pool is None else nullcontext(pool) as pool:
@@ -43,9 +44,8 @@ def prefetch(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # nobody asks for the others any longer
-            for future in waiting:
-                future.cancel()
+        finally:  # nobody asks for the others any longer; when this ends, none is being computed
+            wait([future for future in waiting if not future.cancel()])
 
 
 def from_processes(load: Callable[[Any, np.ndarray], Written], items: Sequence, size: int) -> Iterator[np.ndarray]:
@@ -55,14 +55,16 @@ def from_processes(load: Callable[[Any, np.ndarray], Written], items: Sequence, 
     `memory`, uint8 [size], is shared with them: to take a batch of 19 MB out of a pipe costs the process that feeds the
     GPU 21 ms, to copy it out of shared memory 2.
     """
-    slots = Slots(AHEAD + 1, size)
-    numbered = [(number % slots.num, item) for number, item in enumerate(items)]
-    try:
-        found = prefetch(partial(_load_there, load, slots.place), numbered, AHEAD, pool=processes())
-        for (slot, _), written in zip(numbered, found, strict=True):
-            yield written if isinstance(written, np.ndarray) else slots.array(slot, written)
-    finally:
-        slots.close()
+    with closing(Slots(AHEAD + 1, size)) as slots:
+        numbered = [(number % slots.num, item) for number, item in enumerate(items)]
+        there = prefetch(partial(_load_there, load, slots.place), numbered, AHEAD, pool=processes())
+        with closing(there) as found:  # before the memory, whose path would soon be another file's
+            try:
+                for (slot, _), written in zip(numbered, found, strict=True):
+                    yield written if isinstance(written, np.ndarray) else slots.array(slot, written)
+            except BrokenProcessPool:  # one was killed: the next part gets others
+                processes.cache_clear()
+                raise
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ tars and Parquet files give exactly the stored bytes; what cannot be used is nam
 
 import io
 import json
+import os
 import pickle
 import random
 import shutil
+import signal
 import tarfile
 import uuid
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.decoding import AHEAD, Slots, from_processes, prefetch
+from tasks.decoding import AHEAD, Slots, from_processes, prefetch, processes
 from tasks.images import SPLITS, ImageList, ImageReader, decoded_there, image_column
 from tasks.pixels import BadImage, Preprocess, decode
 from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images, split_of
@@ -794,6 +797,14 @@ def counted(number, memory):
         return found
     memory[: found.size] = found.reshape(-1)
     return found.shape
+
+
+def test_killed_processes_are_replaced():
+    assert len(list(from_processes(counted, range(3), 50))) == 3
+    os.kill(next(iter(processes()._processes)), signal.SIGKILL)
+    with pytest.raises(BrokenProcessPool):
+        list(from_processes(counted, range(3), 50))
+    assert len(list(from_processes(counted, range(3), 50))) == 3
 
 
 def test_memory_of_processes_is_used_again_and_again():
