@@ -1,6 +1,6 @@
 """axonym bench: how fast it is beside the bare models, on this machine.
 
-In: key=value for the fields of tasks.bench_settings.BenchSettings (what=collection,memory model=vit_l images=64 out=FILE).
+In: key=value for the fields of tasks/bench_settings.py (what=collection,memory model=vit_l images=64 out=FILE).
 Out: a table, printed row by row and as Parquet, and the cost curves (what=curves) as a picture beside it, OUT.svg.
 Needs neither Ray, Hydra and open_clip nor network; weights are random.
 """

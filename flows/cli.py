@@ -12,7 +12,10 @@ from collections.abc import Callable
 FLOWS = {
     "demo": ("name planted neurons whose truth is known, on this machine", "axonym demo"),
     "sweep": ("name every unit of the chosen layers", "axonym sweep target=resnet50 probing.uri=photos run=first"),
-    "plan": ("what a sweep will cost, before anything is loaded", "axonym plan experiment=vitl_imagenet images=50000"),
+    "plan": (
+        "what a sweep will cost, before anything is loaded",
+        "axonym plan experiment=vitl_imagenet images=50000 cpus=16",
+    ),
     "status": ("stage by stage, part by part, read from the store", "axonym status run=first"),
     "world": ("make the drawn world's models from nothing", "axonym world out=my_world seed=1"),
     "benchmark": ("every scorer judged by what is known", "axonym benchmark experiment=world scorers=auc,correlation"),

@@ -7,8 +7,9 @@ the key, the value and what is allowed. No OmegaConf object leaves this file.
 import dataclasses
 import difflib
 import itertools
+import os
 import re
-import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -40,6 +41,9 @@ TEXTS = ("run", "world", "vocabulary.domain")
 OWN = re.compile(r"experiment=|(target|probing)=(?!world)|probing\.uri=(?!world://)")
 """Overrides that name a model or images of one's own. Without any, a sweep is one of the drawn world, experiment=world;
 with one, all else is chosen for photos (conf/config.yaml), so that the world's tiny CLIP never meets them unasked."""
+
+PLACE = re.compile(r"cluster=|cluster\.(address|ray)=")
+"""Overrides that say where a sweep runs. Without any, it takes the GPUs of this machine where there are some."""
 
 
 @dataclass
@@ -96,7 +100,10 @@ class Config:
 
 
 def compose(overrides: list[str]) -> Config:
-    """Raises ValueError with one line for an unknown key or group choice, a wrong type or an impossible value."""
+    """What is not said follows from OWN and PLACE.
+
+    Raises ValueError with one line for an unknown key or group choice, a wrong type or an impossible value.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -111,8 +118,8 @@ def compose(overrides: list[str]) -> Config:
         raise ValueError(f"{part}: there is no judge to change; choose one too, for example judge=vit_l_14")
     if not any(OWN.match(override) for override in overrides):
         checked.append("experiment=world")
-    if shutil.which("nvidia-smi") and not any(override.startswith("cluster=") for override in overrides):
-        checked.append("cluster=gpu")  # as the Makefile tells which vLLM a machine gets
+    if not any(PLACE.match(override) for override in overrides) and has_gpu():
+        checked.append("cluster=gpu")
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -122,6 +129,15 @@ def compose(overrides: list[str]) -> Config:
         raise ValueError(_one_line(error, overrides)) from None
     assert isinstance(config, Config)
     return config
+
+
+def has_gpu() -> bool:
+    """Whether this machine's driver lists a GPU, and the environment does not hide it."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "GPU " in listed and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
 
 
 def multirun(overrides: list[str]) -> list[list[str]]:

@@ -1,8 +1,9 @@
 """axonym plan: what a sweep will cost, before anything is loaded, downloaded or written.
 
-In: the overrides of axonym sweep; images=50000 instead of a look at the data; workers=8 gpus=1; rates and prices of the
-machines (cpu_gflops=60 gpu_tflops=300 gpu_hour=2.5 cpu_hour=0.05 ..., see tasks/plan.py), or measure=true, which times
-the two models on this machine with random weights; out=plan.parquet. Out: one line per stage, totals, what costs most.
+In: the overrides of axonym sweep; images=50000 instead of a look at the data; cpus=16 gpus=1 where it will run, or
+workers=8 of each stage; rates and prices of the machines (cpu_gflops=60 gpu_tflops=300 gpu_hour=2.5 cpu_hour=0.05 ...,
+see tasks/plan.py), or measure=true, which times the two models on this machine with random weights; out=plan.parquet.
+Out: one line per stage, totals, what costs most.
 """
 
 import os
@@ -28,7 +29,7 @@ LOOKED = 32
 """Images whose sizes are looked at, evenly over the list."""
 PHOTO = (500, 375)
 """Width and height of an image where there is none to look at."""
-OWN: dict[str, type] = {"images": int, "workers": int, "gpus": int, "measure": str, "out": str}
+OWN: dict[str, type] = {"images": int, "workers": int, "cpus": int, "gpus": int, "measure": str, "out": str}
 OWN |= {field.name: float for field in fields(Rates)}
 HEAD = f"{'stage':<26} {'parts':>6} {'passes':>11} {'images':>10} {'TFLOP':>10} {'rows':>13} {'MB':>10} {'on':>3}"
 HEAD += f" {'work':>9} {'wall':>9} {'GiB':>6} {'money':>9}"
@@ -48,15 +49,15 @@ class Line:
 
 def main(arguments: list[str]) -> int:
     rates = {field.name: field.default for field in fields(Rates)}
-    own, rest = flow_arguments(arguments, OWN, images=0, workers=0, gpus=1, measure="false", out="", **rates)
+    own, rest = flow_arguments(arguments, OWN, images=0, workers=0, cpus=0, gpus=1, measure="false", out="", **rates)
     if own["measure"] not in ("true", "false"):
         raise ValueError(f"measure={own['measure']}: allowed are true, false")
-    for key, least in (("images", 0), ("workers", 0), ("gpus", 1)):
+    for key, least in (("images", 0), ("workers", 0), ("cpus", 0), ("gpus", 1)):
         if own[key] < least:
             raise ValueError(f"{key}={own[key]}: must be at least {least}")
     config, chosen = compose(rest), Rates(**{name: own[name] for name in rates})
     facts = look(config, own["images"], own["measure"] == "true")
-    lines = priced(config, Planner(config, facts, chosen).estimates(), facts, chosen, own["workers"], own["gpus"])
+    lines = priced(config, Planner(config, facts, chosen).estimates(), facts, chosen, own)
     print("\n".join([f"plan of run {config.run}: {_subject(facts)}", HEAD, *map(_text, lines), *_totals(lines)]))
     print(f"assumed: {', '.join(f'{key}={value:g}' for key, value in asdict(chosen).items() if value)}")
     if own["out"]:
@@ -77,7 +78,7 @@ def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     against = config.vocabulary.against
     other = len(clean(read_concepts(None if against == "lexicon" else against), 12)[0]) if against else None
     drawn = all(uri.startswith("world://") for uri in config.probing.uris) and bool(config.probing.uris)
-    gpu = _work(config, "activations", 0, 1).gpu
+    gpu = config.cluster.ray and config.cluster.resources("activations").num_gpus > 0
     dtypes = {"target": config.target.dtype, "clip": config.clip.dtype}
     dtypes |= {"judge": config.judge.dtype} if config.judge else {}
     half = tuple(model for model, dtype in dtypes.items() if gpu and dtype != "float32")
@@ -128,31 +129,25 @@ def _concepts(config: Config, names: list[str], prompts: int) -> list[dict[str, 
     return found
 
 
-def _work(config: Config, stage: str, workers: int, gpus: int) -> Work:
-    """Device and number of workers of a stage: as many as its own settings, the cluster's or this machine allow."""
+def _work(config: Config, stage: str, own: dict[str, Any]) -> Work:
+    """Device and number of workers of a stage: as many as its own settings, the cluster's, the CPUs and GPUs allow."""
     cluster = config.cluster
     if not cluster.ray:
-        return Work(False, 1, 1, cluster.threads)
-    need = cluster.resources(stage)
-    gpu = need.num_gpus > 0
-    cores = cluster.num_cpus or os.cpu_count() or 1
-    most = gpus / need.num_gpus if gpu else cores / max(need.num_cpus, 1e-3)
-    asked = need.workers or (1 if stage == "answers" else workers or cluster.default.workers or int(most))
+        return Work(0, 1, 1, cluster.threads)
+    need, gpus, cores = cluster.resources(stage), own["gpus"], own["cpus"] or cluster.num_cpus or os.cpu_count() or 1
+    most = gpus / need.num_gpus if need.num_gpus else cores / max(need.num_cpus, 1e-3)
+    asked = need.workers or (1 if stage == "answers" else own["workers"] or cluster.default.workers or int(most))
     count = max(int(asked), 1)
-    cpus = (
-        max(need.num_cpus, cores / count) if gpu else need.num_cpus
-    )  # a GPU's images are decoded on all that there are
-    return Work(gpu, count, cpus, cluster.threads)
+    cpus = max(need.num_cpus, cores / count) if need.num_gpus else need.num_cpus  # decoding takes all that there are
+    return Work(need.num_gpus, count, cpus, cluster.threads)
 
 
-def priced(
-    config: Config, estimates: list[Estimate], facts: Facts, rates: Rates, workers: int, gpus: int
-) -> list[Line]:
+def priced(config: Config, estimates: list[Estimate], facts: Facts, rates: Rates, own: dict[str, Any]) -> list[Line]:
     """Time and money of each stage. Where a stage needs other resources than the one before, processes start anew."""
     lines, before = [], None
     for found in estimates:
         stage = found.stage.split()[-1].split("/")[0]
-        work = _work(config, stage, workers, gpus)
+        work = _work(config, stage, own)
         spent = seconds(found, work, rates, facts)
         kind, used = config.cluster.resources(stage), min(found.parts, work.workers)
         fresh = rates.start if kind != before else 0.0

@@ -305,7 +305,8 @@ def _check_room(stage: str, need: Resources, patience: float, waited: float, tol
         lack += f" and {need.memory:,} bytes" if need.memory else ""
         lack += f"; the nodes there are have {has}"
         if waited > patience:
-            raise ValueError(f"cluster: {stage}: {lack}")
+            hint = "; without GPUs choose cluster=local" if need.num_gpus else ""
+            raise ValueError(f"cluster: {stage}: {lack}{hint}")
     if not told and waited > 30:
         log.warning("%s: waits for a place for its first worker: %s", stage, lack)
     return told or waited > 30

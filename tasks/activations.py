@@ -21,7 +21,7 @@ import torch
 from tasks.forward import HookedTarget, TargetPass
 from tasks.layers import Block, Layer
 from tasks.moments import BINS, EMPTY, Moments, TopK, count_bins, key_values, order_keys
-from tasks.pixels import copied
+from tasks.pixels import to_device
 from tasks.signs import RECTIFIED
 from tasks.store import WRITERS, Folder, PartReport
 from tasks.tables import Lists, make_table, matrix
@@ -259,9 +259,9 @@ class ActivationsWorker:
         images, numbers = self.images, np.array(self.images.shard(part))
         explain = images.explain[numbers]
         columns = (images.ok[numbers], explain, images.order[numbers], embeddings_ND * explain[:, None])
-        whole = [copied(_padded(values, slots), self.device) for values in columns]
+        whole = [to_device(_padded(values, slots), self.device) for values in columns]
         chosen = [np.flatnonzero(mask[numbers]) for mask in (images.stored, images.sampled)]
-        copies = [copied(places, self.device) for places in chosen]
+        copies = [to_device(places, self.device) for places in chosen]
 
         def cut(start: int, stop: int) -> Images:
             inside = (slice(*np.searchsorted(places, (start, stop))) for places in chosen)

@@ -15,18 +15,16 @@ import torch.nn.functional as F
 from tasks.clip import Clip, ClipSettings
 from tasks.columns import BOX
 from tasks.crops import MAX_CROPS
-from tasks.decoding import from_processes, prefetch
+from tasks.decoding import AHEAD, from_processes, prefetch
 from tasks.forward import worker_device
 from tasks.images import ImageList, covering, opened_there
-from tasks.pixels import FILTERS, copied
+from tasks.pixels import FILTERS, to_device
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
 TEXTS_PER_PART = 1024
-AHEAD = 32
-"""Images decoded before their turn, in threads."""
-PHOTO_BYTES = 2**22
-"""Of the memory in which a process hands over a photo; larger ones, above 1.4 megapixels, go through a pipe."""
+PHOTO_BYTES = 2**26
+"""Of the memory in which a process hands over a photo, at most; larger ones, above 22 megapixels, go through a pipe."""
 
 
 @dataclass
@@ -103,11 +101,13 @@ class EmbeddingsWorker:
 
         wanted = images.tolist()
         if self.on_device:
-            found = from_processes(partial(opened_there, self.images), wanted, PHOTO_BYTES)
+            sizes = self.images.column("width")[images].astype(int) * self.images.column("height")[images]
+            largest = min(3 * int(sizes.max(initial=0)), PHOTO_BYTES)
+            found = from_processes(partial(opened_there, self.images), wanted, largest)
         else:
             found = prefetch(cut, wanted, AHEAD)
         for image, loaded in zip(wanted, found, strict=True):
-            pixels = copied(loaded, self.device)
+            pixels = to_device(loaded, self.device)
             yield preprocess.cut(pixels, boxes_of[image]) if self.on_device else pixels
 
 

@@ -17,7 +17,7 @@ from tasks.axes import first_tensor
 from tasks.clip import DTYPES
 from tasks.images import ImageList
 from tasks.layers import Layer, LayersSettings, by_module, find_layers, hooked, readers
-from tasks.pixels import Preprocess
+from tasks.pixels import Preprocess, to_device
 from tasks.target import TargetSettings, load_target
 
 
@@ -112,7 +112,7 @@ class HookedTarget:
         batch = np.zeros((self.images.batch_size, *self.preprocess.size, 3), np.uint8)
         for slot, array in enumerate(arrays_NHWC):
             batch[slot] = self.preprocess.pixels(Image.fromarray(array))
-        return torch.from_numpy(batch)
+        return to_device(batch, self.device)
 
 
 @dataclass

@@ -213,7 +213,7 @@ class ImageList:
         self, preprocess: Preprocess, shape: tuple[int, ...], group: np.ndarray, memory: np.ndarray | None = None
     ) -> np.ndarray:
         """One of the batches, in this memory where some is given."""
-        batch = np.zeros(shape, np.uint8) if memory is None else memory.reshape(shape)
+        batch = np.empty(shape, np.uint8) if memory is None else memory.reshape(shape)
         batch[:] = 0
         for slot in np.flatnonzero(self.ok[group]):
             batch[slot] = preprocess.pixels(self.open(int(group[slot]), self.reader))

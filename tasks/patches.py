@@ -21,7 +21,7 @@ from tasks.crops import MAX_CROPS, CropSettings, grids, snap, square
 from tasks.forward import HookedTarget, TargetPass
 from tasks.images import covering
 from tasks.layers import Block, Layer
-from tasks.pixels import copied
+from tasks.pixels import to_device
 from tasks.store import Folder, PartReport
 from tasks.tables import make_table
 
@@ -132,8 +132,8 @@ class PatchesWorker:
         ends = np.bincount(call_of[order], minlength=len(starts) * len(layers)).cumsum().tolist()
 
         asked = (slot, rows["unit"], rows["position"])
-        slots, units, seeds = (copied(x[order].astype(np.int64), self.device) for x in asked)
-        bottom, quantiles = (copied(rows[name][order], self.device) for name in ("bottom", "quantile"))
+        slots, units, seeds = (to_device(x[order].astype(np.int64), self.device) for x in asked)
+        bottom, quantiles = (to_device(rows[name][order], self.device) for name in ("bottom", "quantile"))
         signs, limits = 1 - 2.0 * bottom, quantiles.masked_fill(bottom, -torch.inf)
         places, found = torch.arange(len(order), device=self.device), torch.empty(len(order), 5, device=self.device)
         held: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)

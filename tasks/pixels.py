@@ -161,11 +161,11 @@ class Preprocess:
         Boxes x0, y0, x1, y1 are whole pixels inside the photo. All of one size go through together.
         """
         shapes, shape_N = distinct_shapes(boxes_N4[:, 2:] - boxes_N4[:, :2])
-        corners_N2 = copied(boxes_N4[:, :2].astype(np.int64), photo_HWC.device)
+        corners_N2 = to_device(boxes_N4[:, :2].astype(np.int64), photo_HWC.device)
         found_NHWC = torch.empty(len(boxes_N4), *self.size, 3, dtype=torch.uint8, device=photo_HWC.device)
         for i, (width, height) in enumerate(shapes):
             windows = photo_HWC.permute(2, 0, 1).unfold(1, height, 1).unfold(2, width, 1)
-            rows = copied(np.flatnonzero(shape_N == i), photo_HWC.device)
+            rows = to_device(np.flatnonzero(shape_N == i), photo_HWC.device)
             for few in rows.split(max(1, CUT_PIXELS // (width * height))):
                 x_CNHW = windows[:, corners_N2[few, 1], corners_N2[few, 0]]
                 to_width, to_height = self._resized(width, height)
@@ -193,8 +193,8 @@ class Preprocess:
         return pixels.clip(0, sizes_N2[:, None]).reshape(-1, 4)
 
 
-def copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on the device; of what runs on a GPU nothing is waited for, as a copy from unpinned memory would."""
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor there: on a CPU the same memory, on a GPU a copy that does not wait for what runs on it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -181,10 +181,16 @@ def answered(prompts: int, most: int) -> float:
 class Work:
     """How a stage's estimate becomes time: which device, how many workers."""
 
-    gpu: bool
+    gpus: float
+    """Of one worker."""
     workers: int
     cpus: float
+    """Of one worker; beside a GPU those on which images are decoded for it."""
     threads: int
+
+    @property
+    def gpu(self) -> bool:
+        return self.gpus > 0
 
 
 def seconds(found: Estimate, work: Work, rates: Rates, facts: Facts) -> float:
@@ -213,4 +219,4 @@ def seconds(found: Estimate, work: Work, rates: Rates, facts: Facts) -> float:
 def money(found: Estimate, spent: float, work: Work, rates: Rates, prices: list[float]) -> float:
     """Of the machines that are held for the stage, and of the language model's tokens (prices of a million each)."""
     words = (found.asked * prices[0] + found.said * prices[1]) / 1e6
-    return spent / 3600 * (work.cpus * rates.cpu_hour + work.gpu * rates.gpu_hour) + words
+    return spent / 3600 * (work.cpus * rates.cpu_hour + work.gpus * rates.gpu_hour) + words

@@ -22,7 +22,7 @@ from tasks.evidence import Evidence, Sample
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
-from tasks.pixels import copied
+from tasks.pixels import to_device
 from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, unexplained, weighted_mean
 from tasks.signs import rectified
 from tasks.store import Folder, PartReport, hash64
@@ -179,11 +179,10 @@ class ScoresWorker:
             return found
         names = self.concepts["concept"].to_numpy(zero_copy_only=False)
         negative_US = read_block(job.activations, job.images, part, "negative")[:, self.in_sample]
-        for start in range(0, len(block), CHUNK):
-            rows = slice(start, start + CHUNK)
-            best, index = following(torch.from_numpy(negative_US[rows]).to(self.device), self.sample).cpu().max(1)
-            known = best.numpy() > 0
-            found[rows][known] = names[index.numpy()[known]]
+        chunks = (negative_US[start : start + CHUNK] for start in range(0, len(block), CHUNK))
+        most = [following(to_device(chunk_US, self.device), self.sample).max(1) for chunk_US in chunks]
+        best, index = (torch.cat(values).cpu().numpy() for values in zip(*most, strict=True))
+        found[best > 0] = names[index[best > 0]]
         return found
 
     def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:
@@ -235,7 +234,7 @@ class ScoresWorker:
         patches_UPD[crop_UP < 0], exemplars_UKD[image_UK < 0] = 0, 0
 
         def device(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return copied(np.ascontiguousarray(array), self.device).to(dtype)
+            return to_device(np.ascontiguousarray(array), self.device).to(dtype)
 
         return Evidence(
             concepts_CD=self.concepts_CD,

@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from tasks import tables
 
 WRITERS = 4
-"""Threads in which the tables of a part are made and encoded: beside a GPU there are CPUs for them."""
+"""Threads in which the tables of a part are made and encoded. Where there are no more CPUs than workers they take
+turns; beside a GPU there are."""
 SECRET = r".*(access_?key|secret|token|passw(or)?d|credential|connection_string).*|.*key"
 """Names of options that are not allowed."""
 

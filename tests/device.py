@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
-from unittest.mock import patch
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -19,7 +19,15 @@ aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
 CROSSES = (aten.copy_.default, aten._to_copy.default)
 """What may read from one device and write to the other."""
-WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
+WAITS = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+)
 """What gives the host a value, or a shape that hangs on values."""
 
 
@@ -51,6 +59,14 @@ class Simulation(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         """Lines of our code at which the host would have waited."""
+        self.pinned: list[torch.Tensor] = []
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.pinned.append(tensor.clone())
+        return self.pinned[-1]
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        return any(tensor.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in self.pinned)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -83,7 +99,8 @@ class Simulation(TorchDispatchMode):
         if func in CROSSES:
             source = args[1] if func is aten.copy_.default else args[0]
             free = kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
-            return there != isinstance(source, OnGpu) and not free
+            here = [x for x in (args[:2] if func is aten.copy_.default else args[:1]) if not isinstance(x, OnGpu)]
+            return there != isinstance(source, OnGpu) and not (free and all(map(self._is_pinned, here)))
         if func in (aten.index.Tensor, aten.index_put_.default):
             return any(
                 x.dtype in (torch.bool, torch.uint8) or not isinstance(x, OnGpu) for x in args[1] if x is not None
@@ -98,21 +115,24 @@ def _line() -> str:
 
 @contextmanager
 def simulated() -> Iterator[Simulation]:
-    """Inside, torch finds a GPU. Sums run as on a CPU; pinned memory is not told from other memory."""
+    """Inside, torch finds a GPU. Sums run as on a CPU."""
     torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does: no driver is asked which device is the current one
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor too asks the mode for a copy on the device
-    try:
-        with (
-            patch("torch.__future__.get_overwrite_module_params_on_conversion", lambda: True),
-            patch("torch.cuda.is_available", lambda: True),
-            torch.backends.cudnn.flags(enabled=False),
-            patch("torch.cuda._lazy_init", lambda: None),
-            patch("torch.cuda.synchronize", lambda *_: None),
-            patch("torch.Tensor.pin_memory", lambda x, *_: x),
-            Simulation() as simulation,
-        ):
-            Simulation.current.append(simulation)
-            yield simulation
-    finally:
-        Simulation.current.clear()
-        torch._C._set_only_lift_cpu_tensors(False)
+    with pytest.MonkeyPatch.context() as patch, torch.backends.cudnn.flags(enabled=False), Simulation() as simulation:
+        patch.setattr("torch.__future__.get_overwrite_module_params_on_conversion", lambda: True)
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        patch.setattr("torch.cuda._lazy_init", lambda: None)
+        patch.setattr("torch.cuda.synchronize", lambda *_: None)
+        patch.setattr("torch.Tensor.pin_memory", lambda tensor, *_: simulation.pin(tensor))
+        Simulation.current.append(simulation)
+        yield simulation
+    Simulation.current.clear()
+    torch._C._set_only_lift_cpu_tensors(False)
+
+
+@contextmanager
+def no_gpu() -> Iterator[None]:
+    """Inside, torch finds none, also where there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        yield

@@ -109,13 +109,20 @@ def test_stages_that_run_models_have_a_gpu():
 
 
 def test_a_machine_with_a_gpu_uses_it(tmp_path, monkeypatch):
-    """nvidia-smi decides, as in the Makefile; a cluster that is chosen stays."""
+    """Its driver decides; a cluster that is chosen stays, and GPUs that are hidden are none."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not compose(["target=resnet50"]).cluster.stages
-    (tmp_path / "nvidia-smi").touch(mode=0o755)
-    assert compose(["target=resnet50"]).cluster.stages["activations"].num_gpus == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver = tmp_path / "nvidia-smi"
+    for says, found in (("No devices were found", False), ("GPU 0: NVIDIA H100 (UUID: GPU-1)", True)):
+        assert not compose(["target=resnet50"]).cluster.stages
+        driver.write_text(f"#!/bin/sh\n[ $1 = -L ] && echo '{says}'\n")
+        driver.chmod(0o755)
+        assert bool(compose(["target=resnet50"]).cluster.stages) is found
     assert compose([]).cluster.stages["answers"].num_gpus == 1
-    assert not compose(["target=resnet50", "cluster=local"]).cluster.stages
+    for place in ("cluster=local", "cluster.address=auto", "cluster.ray=false"):
+        assert not compose(["target=resnet50", place]).cluster.stages
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not compose(["target=resnet50"]).cluster.stages
 
 
 def test_runs_are_named_after_what_they_do():
