@@ -197,3 +197,18 @@ def test_every_experiment_can_be_planned(capsys):
     for path in (CONF / "experiment").glob("*.yaml"):
         assert plan.main([f"experiment={path.stem}", "images=1000"]) == 0
         assert f"plan of run {compose([f'experiment={path.stem}']).run}" in capsys.readouterr().out
+
+
+def test_gpus_are_paid_by_their_share_and_cpus_decode_beside_them(tmp_path):
+    rows = {}
+    for cpus in (2, 16):
+        out = tmp_path / f"{cpus}.parquet"
+        sizes = ["experiment=vitl_imagenet", "images=20000", f"cpus={cpus}", "start=0", "gpu_hour=3600", f"out={out}"]
+        assert plan.main(sizes) == 0
+        rows[cpus] = {row["stage"]: row for row in pq.read_table(out).to_pylist()}
+    few, many = rows[2], rows[16]
+    assert many["activations"]["money"] == pytest.approx(many["activations"]["seconds"])
+    assert many["scores"]["money"] == pytest.approx(many["scores"]["seconds"] / 4)
+    assert many["scores"]["wall"] == pytest.approx(many["scores"]["seconds"] / 4)
+    assert few["image_embeddings"]["seconds"] == pytest.approx(8 * many["image_embeddings"]["seconds"], rel=0.1)
+    assert few["exemplars"]["wall"] == pytest.approx(8 * many["exemplars"]["wall"])
