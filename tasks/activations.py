@@ -23,11 +23,14 @@ from tasks.layers import Block, Layer
 from tasks.moments import BINS, EMPTY, Moments, TopK, count_bins, key_values, order_keys
 from tasks.pixels import to_device
 from tasks.signs import RECTIFIED
-from tasks.store import WRITERS, Folder, PartReport
+from tasks.store import Folder, PartReport
 from tasks.tables import Lists, make_table, matrix
 
 GROUP = 8
 """Batches folded into the running statistics at once; cut on the global number of the batch."""
+WRITERS = 4
+"""Threads in which a shard's tables are made and encoded beside a GPU; a CPU's worker has no CPU for more than one, and
+less memory."""
 
 
 @dataclass
@@ -204,6 +207,7 @@ class ActivationsWorker:
         self.job, self.images = job, job.model.images
         self.target = HookedTarget(job.model)
         self.device = self.target.device
+        self.writers = WRITERS if self.device.type == "cuda" else 1
 
     def run(self, part: int) -> PartReport:
         report = PartReport(part)
@@ -218,7 +222,7 @@ class ActivationsWorker:
             self._pass(part, states, embeddings_ND)
         with report.phase("write"):
             tables, groups = self._tables(states)
-            self.job.out.write(part, tables, groups)
+            self.job.out.write(part, tables, groups, self.writers)
         report.rows = {name: table.num_rows for name, table in tables.items()}
         nonfinite = sum(int(s.moments.nonfinite.sum()) for s in chain.from_iterable(states.values()))
         report.skipped = {"nonfinite_activations": nonfinite} if nonfinite else {}
@@ -279,7 +283,7 @@ class ActivationsWorker:
             units = slice(block.start - state.chosen.start, block.stop - state.chosen.start)
             return _candidates(state, block, units, by_rank), _stats(state, block, units), _pooled(state, block, units)
 
-        with ThreadPoolExecutor(WRITERS) as pool:  # sorting and converting leave Python to the others
+        with ThreadPoolExecutor(self.writers) as pool:  # sorting and converting leave Python to the others
             found = zip(*pool.map(of_block, self.job.blocks), strict=True)
         tables = dict(zip(("candidates", "stats", "pooled"), found, strict=True))
         groups = {name: [t.num_rows for t in blocks] for name, blocks in tables.items()}

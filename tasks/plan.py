@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tasks.ablation import AblationSettings
-from tasks.activations import ActivationsSettings
+from tasks.activations import WRITERS, ActivationsSettings
 from tasks.clip import ClipSettings, JudgeSettings
 from tasks.clusters import RefineSettings
 from tasks.decoding import DECODERS
@@ -27,7 +27,6 @@ from tasks.plan_models import ClipSketch, TargetSketch
 from tasks.probing import ProbingSettings
 from tasks.report import ReportSettings
 from tasks.scorers import ScorerSettings
-from tasks.store import WRITERS
 from tasks.target import TargetSettings
 
 EVEN = {"tokens": 2.0, "maps": 0.2, "images": 2.0}
@@ -211,8 +210,9 @@ def seconds(found: Estimate, work: Work, rates: Rates, facts: Facts) -> float:
     if found.model in facts.seconds:
         compute = found.passes * facts.seconds[found.model]
     both = max(decode, compute) if work.gpu else decode + compute
-    sizes = list(found.bytes.values()) or [0.0]  # the tables of a part are encoded beside each other
-    written = max(max(sizes), sum(sizes) / min(WRITERS, max(work.cpus, 1)))
+    sizes = list(found.bytes.values()) or [0.0]
+    beside = found.stage == "activations" and work.gpu  # its tables are encoded beside each other
+    written = max(max(sizes), sum(sizes) / min(WRITERS, max(work.cpus, 1))) if beside else sum(sizes)
     return both + written / (rates.write_mb * 1e6) + found.read / (rates.read_mb * 1e6) + found.other
 
 

@@ -15,7 +15,6 @@ import resource
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,10 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks import tables
+from tasks.decoding import prefetch
 
-WRITERS = 4
-"""Threads in which the tables of a part are made and encoded. Where there are no more CPUs than workers they take
-turns; beside a GPU there are."""
 SECRET = r".*(access_?key|secret|token|passw(or)?d|credential|connection_string).*|.*key"
 """Names of options that are not allowed."""
 
@@ -140,14 +137,19 @@ class Folder:
         names = self.store.names(f"{self.name}/{self.tables[0]}")
         return {int(found[1]) for n in names if (found := re.fullmatch(r"part-(\d{5,})\.parquet", n))}
 
-    def write(self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None) -> None:
-        """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table."""
+    def write(
+        self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None, threads: int = 1
+    ) -> None:
+        """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table; in more
+        than one thread tables are encoded beside each other, and held longer."""
         assert set(written) == set(self.tables), f"{self.stage} writes {self.tables}, got {sorted(written)}"
+
+        def encoded(table: str) -> bytes:
+            return encode(tables.check(table, written[table]), (groups or {}).get(table))
+
         order = self.tables[::-1]
-        with ThreadPoolExecutor(WRITERS) as pool:  # Arrow leaves Python to the others while it encodes
-            encoded = pool.map(lambda t: encode(tables.check(t, written[t]), (groups or {}).get(t)), order)
-            for table, data in zip(order, encoded, strict=True):
-                self.store.put(part_name(self.name, table, part), data)
+        for table, data in zip(order, prefetch(encoded, order, threads - 1, threads), strict=True):
+            self.store.put(part_name(self.name, table, part), data)
 
     def read(
         self,
