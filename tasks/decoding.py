@@ -33,7 +33,10 @@ def prefetch(
     load: Callable[[Any], Any], items: Sequence, ahead: int, threads: int = 2, pool: Executor | None = None
 ) -> Generator[Any, None, None]:
     """load(item) for every item, in order, computed in threads, or by the pool, up to `ahead` results before they are
-    asked for."""
+    asked for. Without threads each is computed when it is asked for."""
+    if threads == 0:
+        yield from map(load, items)
+        return
     with ThreadPoolExecutor(threads) if pool is None else nullcontext(pool) as pool:
         waiting: deque[Future] = deque()
         try:

@@ -138,17 +138,17 @@ class Folder:
         return {int(found[1]) for n in names if (found := re.fullmatch(r"part-(\d{5,})\.parquet", n))}
 
     def write(
-        self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None, threads: int = 1
+        self, part: int, written: dict[str, pa.Table], groups: dict[str, list[int]] | None = None, threads: int = 0
     ) -> None:
-        """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table; in more
-        than one thread tables are encoded beside each other, and held longer."""
+        """Put all tables of one part, the first-named last. `groups` gives the row-group lengths of a table; in
+        threads tables are encoded beside each other, and held longer."""
         assert set(written) == set(self.tables), f"{self.stage} writes {self.tables}, got {sorted(written)}"
 
         def encoded(table: str) -> bytes:
             return encode(tables.check(table, written[table]), (groups or {}).get(table))
 
         order = self.tables[::-1]
-        for table, data in zip(order, prefetch(encoded, order, threads - 1, threads), strict=True):
+        for table, data in zip(order, prefetch(encoded, order, threads, threads), strict=True):
             self.store.put(part_name(self.name, table, part), data)
 
     def read(
