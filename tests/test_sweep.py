@@ -189,6 +189,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.timeout(900)  # a process for each of its stages
 def test_sigkill_in_each_stage_then_the_same_tables(drawn, reference, tmp_path):
     """The process kills itself at the first put of each stage in turn, before or after it; the last run finishes."""
     arguments = [*drawn, f"store.root={tmp_path}", "cluster=none"]
