@@ -305,11 +305,11 @@ COLUMNS: dict[str, Callable[[Rows], Any]] = {
     "auc": lambda r: r.shares(r.positives * (r.shape.images - r.positives)),
     "f1": lambda r: r.shares(r.positives),
     "iou": lambda r: r.shares(r.positives),
-    "truth.auc": lambda r: r.rng.random(r.n),  # of as many scenes as show the name: hardly two alike
-    "truth.f1": lambda r: r.rng.random(r.n),
-    "truth.iou": lambda r: r.rng.random(r.n),
-    "truth.shown": lambda r: r.rng.integers(0, 48, r.n),
-    "truth.absent": lambda r: r.rng.integers(0, 48, r.n),
+    "truth.auc": lambda r: r.shares(r.shape.images**2 // 8),  # of as many scenes as show the name, one in twelve
+    "truth.f1": lambda r: r.shares(r.shape.images**2 // 100),
+    "truth.iou": lambda r: r.shares(r.shape.images**2 // 100),
+    "truth.shown": lambda r: r.rng.integers(0, r.shape.images // 12 + 1, r.n),
+    "truth.absent": lambda r: r.rng.integers(0, r.shape.images // 12 + 1, r.n),
     "bar": lambda r: np.round(r.rng.random(r.n), 2).astype(np.float32),
     "alike": lambda r: r.rng.integers(0, max(r.shape.units, 1), r.n),
 }

@@ -420,7 +420,8 @@ class Planner:
             table = {"drawn": parts * rows["drawn"]}, {"drawn": parts * size["drawn"]}
             yield self._estimate("drawn", parts, table, **work, drawn=scenes, memory=memory)
             pooled, scenes = self._read(("pooled",)), self.split["validate"]
-            yield self._estimate("truth", len(self.blocks), self._by_block("truth", 1), drawn=scenes, read=pooled)
+            table = self._by_block("truth", 1, images=round(scenes))
+            yield self._estimate("truth", len(self.blocks), table, drawn=scenes, read=pooled)
 
     def _causes(self) -> Iterator[Estimate]:
         chosen, target = self.settings.ablation, self.facts.target
