@@ -133,11 +133,13 @@ def compose(overrides: list[str]) -> Config:
 
 def has_gpu() -> bool:
     """Whether this machine's driver lists a GPU, and the environment does not hide it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return "GPU " in listed and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    return "GPU " in listed
 
 
 def multirun(overrides: list[str]) -> list[list[str]]:

@@ -101,11 +101,10 @@ class EvidenceStages:
     def precision(self) -> None:
         """Only where the target model runs on a GPU and its number format is left to us."""
         config, self.dtype = self.config, self.config.target.dtype
-        on_gpu = config.cluster.ray and config.cluster.resources("activations").num_gpus > 0
         if self.dtype != "auto":
             return
         self.dtype = "float32"
-        if on_gpu:
+        if config.cluster.on_gpu("activations"):
             folder = self.manifest.plan("precision", self._target_payload(), 1, MODEL)
             job = PrecisionJob(folder, self._target_pass())
             self._stage(job, 1, "model")

@@ -78,7 +78,7 @@ def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     against = config.vocabulary.against
     other = len(clean(read_concepts(None if against == "lexicon" else against), 12)[0]) if against else None
     drawn = all(uri.startswith("world://") for uri in config.probing.uris) and bool(config.probing.uris)
-    gpu = config.cluster.ray and config.cluster.resources("activations").num_gpus > 0
+    gpu = config.cluster.on_gpu("activations")
     dtypes = {"target": config.target.dtype, "clip": config.clip.dtype}
     dtypes |= {"judge": config.judge.dtype} if config.judge else {}
     half = tuple(model for model, dtype in dtypes.items() if gpu and dtype != "float32")

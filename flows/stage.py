@@ -66,6 +66,10 @@ class ClusterSettings:
     def resources(self, stage: str) -> Resources:
         return self.stages.get(stage, self.default)
 
+    def on_gpu(self, stage: str) -> bool:
+        """Whether the workers of a stage hold GPUs."""
+        return self.ray and self.resources(stage).num_gpus > 0
+
 
 class StageFailed(Exception):
     """Some parts could not be made; the message lists them."""

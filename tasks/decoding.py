@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 DECODERS = 16
-"""Processes that decode for one GPU, at most: a photo takes a CPU some 5 ms, and a GPU a third of one."""
+"""Processes that decode for one GPU, at most: a photo takes a CPU some 4 ms, and a GPU a third of one."""
 AHEAD = 2 * DECODERS
 """Results that they compute before they are asked for."""
 Written = tuple[int, ...] | np.ndarray

@@ -125,9 +125,11 @@ def simulated() -> Iterator[Simulation]:
         patch.setattr("torch.cuda.synchronize", lambda *_: None)
         patch.setattr("torch.Tensor.pin_memory", lambda tensor, *_: simulation.pin(tensor))
         Simulation.current.append(simulation)
-        yield simulation
-    Simulation.current.clear()
-    torch._C._set_only_lift_cpu_tensors(False)
+        try:
+            yield simulation
+        finally:  # of a test that fails nothing stays for the next
+            Simulation.current.clear()
+            torch._C._set_only_lift_cpu_tensors(False)
 
 
 @contextmanager
