@@ -25,6 +25,8 @@ DECODERS = 16
 """Processes that decode for one GPU, at most: a photo takes a CPU some 4 ms, and a GPU a third of one."""
 AHEAD = 2 * DECODERS
 """Results that they compute before they are asked for."""
+RETRIES = 3
+"""How often they are replaced while one part is made: the system may end the one that takes the most memory."""
 Written = tuple[int, ...] | np.ndarray
 """Shape of the array that a process wrote into the memory it was given, or one that did not fit there."""
 
@@ -55,18 +57,26 @@ def from_processes(load: Callable[[Any, np.ndarray], Written], items: Sequence, 
     the next one is asked for.
 
     `memory`, uint8 [size], is shared with them: to take a batch of 19 MB out of a pipe costs the process that feeds the
-    GPU 21 ms, to copy it out of shared memory 2.
+    GPU 21 ms, to copy it out of shared memory 2. Where a process is killed, all are replaced and go on with what was
+    not read yet; raises BrokenProcessPool where that happens more than RETRIES times.
     """
     with closing(Slots(AHEAD + 1, size)) as slots:
-        numbered = [(number % slots.num, item) for number, item in enumerate(items)]
-        there = prefetch(partial(_load_there, load, slots.place), numbered, AHEAD, pool=processes())
-        with closing(there) as found:  # before the memory, whose path would soon be another file's
-            try:
-                for (slot, _), written in zip(numbered, found, strict=True):
-                    yield written if isinstance(written, np.ndarray) else slots.array(slot, written)
-            except BrokenProcessPool:  # one was killed: the next part gets others
-                processes.cache_clear()
-                raise
+        left, deaths = deque((number % slots.num, item) for number, item in enumerate(items)), 0
+        while left:
+            pool = processes()
+            found = prefetch(partial(_load_there, load, slots.place), tuple(left), AHEAD, pool=pool)
+            with closing(found):  # before the memory, whose path would soon be another file's
+                try:
+                    for written in found:
+                        slot, _ = left.popleft()
+                        yield written if isinstance(written, np.ndarray) else slots.array(slot, written)
+                except BrokenProcessPool:
+                    deaths += 1
+                    pool.shutdown()  # none of them writes into the memory any longer
+                    if pool is processes():
+                        processes.cache_clear()
+                    if deaths > RETRIES:
+                        raise
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ In: settings of the target, its layers, an ImageList or arrays of pixels. Out: c
 every forward pass; where the layer's units are heads or latents, with what its reader made of the output.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,9 +23,18 @@ from tasks.target import TargetSettings, load_target
 
 
 def worker_device(threads: int) -> torch.device:
-    """CUDA where this process may use it, else the CPU; sets the number of CPU threads, which numbers depend on."""
+    """CUDA where this process may use it, else the CPU; sets the number of CPU threads, which numbers depend on.
+
+    Raises ValueError where the process was given a GPU that torch cannot use: a CPU would take weeks for its work.
+    """
     torch.set_num_threads(threads)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "-1")
+    if given not in ("", "-1"):
+        lack = "is built without CUDA" if torch.version.cuda is None else "finds no driver and card that it can use"
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={given}: torch {torch.__version__} {lack}; use CPUs: cluster=local")
+    return torch.device("cpu")
 
 
 @dataclass

@@ -137,4 +137,5 @@ def no_gpu() -> Iterator[None]:
     """Inside, torch finds none, also where there is one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield

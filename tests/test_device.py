@@ -15,6 +15,7 @@ from flows.run import load_run
 from flows.stage import ClusterSettings, start_ray
 from flows.sweep import Sweep
 from tasks.decoding import from_processes, processes
+from tasks.forward import worker_device
 from tasks.layers import LayersSettings
 from tasks.precision import PrecisionJob, PrecisionWorker
 from tasks.probing import ProbingSettings
@@ -22,7 +23,7 @@ from tasks.store import Folder, StoreSettings
 from tasks.target import TargetSettings
 from tests import samples
 from tests.device import OnGpu, no_gpu, simulated
-from tests.test_probing import counted
+from tests.test_decoding import counted
 from tests.test_sae import random_sae
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,17 @@ def test_half_precision_on_a_gpu(tmp_path):
     kept = dict(zip(*out.read("precision", 0).to_pydict().values(), strict=True))
     assert kept["float32"] == 1
     assert 0.8 < kept["bfloat16"] < kept["float16"] <= 1
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_a_cpu(monkeypatch):
+    with no_gpu():
+        assert worker_device(1) == torch.device("cpu")
+        for hidden in ("", "-1"):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+            assert worker_device(1) == torch.device("cpu")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        with pytest.raises(ValueError, match=r"^CUDA_VISIBLE_DEVICES=1: torch .* use CPUs: cluster=local$"):
+            worker_device(1)
 
 
 class Decoder:

@@ -5,14 +5,11 @@ tars and Parquet files give exactly the stored bytes; what cannot be used is nam
 
 import io
 import json
-import os
 import pickle
 import random
 import shutil
-import signal
 import tarfile
 import uuid
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.decoding import AHEAD, Slots, from_processes, prefetch, processes
+from tasks.decoding import AHEAD, from_processes
 from tasks.images import SPLITS, ImageList, ImageReader, decoded_there, image_column
 from tasks.pixels import BadImage, Preprocess, decode
 from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images, split_of
@@ -791,37 +788,6 @@ def test_processes_decode_what_threads_do(tmp_path, photos):
         list(from_processes(load, groups, 8 * 16 * 16 * 3))
 
 
-def counted(number, memory):
-    """As many values as fit are written, more are handed over."""
-    found = np.full((number, 2), number, np.uint8)
-    if found.size > len(memory):
-        return found
-    memory[: found.size] = found.reshape(-1)
-    return found.shape
-
-
-def test_killed_processes_are_replaced():
-    assert len(list(from_processes(counted, range(3), 50))) == 3
-    os.kill(next(iter(processes()._processes)), signal.SIGKILL)
-    with pytest.raises(BrokenProcessPool):
-        list(from_processes(counted, range(3), 50))
-    assert len(list(from_processes(counted, range(3), 50))) == 3
-
-
-def test_memory_of_processes_is_used_again_and_again():
-    """More items than slots, arrays that fit and that do not; two users at once do not meet."""
-    numbers = [n % 40 for n in range(3 * AHEAD)]
-    first, second = (from_processes(counted, numbers, size) for size in (50, 70))
-    for number, ours, theirs in zip(numbers, first, second, strict=True):
-        assert ours.tolist() == theirs.tolist() == [[number, number]] * number
-    stopped = from_processes(counted, numbers, 50)
-    assert next(stopped).shape == (0, 2)
-    stopped.close()
-    slots = Slots(2, 0)
-    assert slots.array(1, (0, 3)).shape == (0, 3)
-    slots.close()
-
-
 @pytest.mark.parametrize("change", ["gone", "damaged"])
 def test_images_that_change_after_probing_are_reported(tmp_path, change):
     uri = write(f"{tmp_path}/set", {f"{i}.jpg": jpeg(i, 60, 60) for i in range(6)})
@@ -883,19 +849,3 @@ def test_a_list_travels_without_its_table():
     assert np.array_equal(copy.order, before[0])
     assert np.array_equal(copy.stored, before[1])
     assert copy.digest() == before[2]
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.integers(0, 99), max_size=60), st.integers(0, 9), st.integers(1, 4), st.integers(0, 60))
-def test_prefetch_keeps_the_order_and_runs_a_bounded_way_ahead(numbers, ahead, threads, taken):
-    started = []
-
-    def load(number: int) -> int:
-        started.append(number)
-        return -number
-
-    found = prefetch(load, numbers, ahead, threads)
-    assert [next(found) for _ in range(min(taken, len(numbers)))] == [-n for n in numbers[:taken]]
-    assert len(started) <= taken + ahead
-    assert list(found) == [-n for n in numbers[taken:]]
-    assert sorted(started) == sorted(numbers)
