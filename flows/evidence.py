@@ -123,8 +123,9 @@ class EvidenceStages:
 
     def _target_pass(self) -> TargetPass:
         config, about = self.config, self.target
+        digest = about.digest if config.target.pretrained or config.target.checkpoint else None
         return TargetPass(
-            self.images, config.target, about.layers, self.dtype, config.cluster.threads, about.channels_last
+            self.images, config.target, about.layers, self.dtype, config.cluster.threads, about.channels_last, digest
         )
 
     def activations(self) -> None:

@@ -160,13 +160,15 @@ def clip_identity(settings: ClipSettings) -> str:
     check_clip(settings)
     dtype = "" if settings.dtype == "float32" else f" {settings.dtype}"
     if not settings.is_folder:
-        return f"{settings.name} {settings.pretrained}{dtype}"
-    files = sorted(f for f in os.listdir(settings.name) if f.endswith((".json", ".safetensors", ".txt")))
-    hashes = {}
-    for name in files:
-        with open(f"{settings.name}/{name}", "rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return fingerprint(hashes) + dtype
+        weights = settings.pretrained or ""
+        return f"{settings.name} {_hash(weights) if os.path.isfile(weights) else weights}{dtype}"
+    files = [name for name in sorted(os.listdir(settings.name)) if os.path.isfile(f"{settings.name}/{name}")]
+    return fingerprint({name: _hash(f"{settings.name}/{name}") for name in files}) + dtype
+
+
+def _hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Clip:

@@ -19,6 +19,8 @@ from tasks.tables import make_table, matrix
 
 POSITION_QUANTILE = 0.995
 """Share of positions below the threshold of a unit's map, as in Network Dissection (Bau et al. 2017: 0.005 above)."""
+HELD = 32
+"""Shards whose candidates are held until all but the best are let go: memory does not grow with the shards."""
 
 
 @dataclass
@@ -38,43 +40,55 @@ class ExemplarsWorker:
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
-        shards = range(job.images.num_shards)
-        with report.phase("read"):
-            candidates = [job.activations.read("candidates", s, group=part) for s in shards]
-            stats = [job.activations.read("stats", s, group=part) for s in shards]
+        tails, stats = [Best(tail, job.k, job.images) for tail in ("top", "bottom")], Stats(block)
+        for shard in range(job.images.num_shards):
+            with report.phase("read"):
+                candidates = job.activations.read("candidates", shard, group=part)
+                of_shard = job.activations.read("stats", shard, group=part)
+            with report.phase("compute"):
+                stats.add(of_shard)
+                for best in tails:
+                    best.add(candidates)
         with report.phase("compute"):
-            exemplars = pa.concat_tables(
-                [
-                    merge_candidates([_tail(c, tail) for c in candidates], tail, job.k, job.images)
-                    for tail in ("top", "bottom")
-                ]
-            )
-            written = {"exemplars": exemplars, "unit_stats": merge_stats(stats, block)}
+            exemplars = pa.concat_tables([best.table(block) for best in tails])
+            written = {"exemplars": exemplars, "unit_stats": stats.table()}
         with report.phase("write"):
             job.out.write(part, written)
         report.rows = {name: table.num_rows for name, table in written.items()}
         return report
 
 
-def _tail(candidates: pa.Table, tail: str) -> pa.Table:
-    return candidates.filter(pc.call_function("equal", [candidates["tail"], tail]))
+class Best:
+    """The k best candidates of each unit in one tail, of all shards so far."""
 
+    def __init__(self, tail: str, k: int, images: ImageList) -> None:
+        self.tail, self.k, self.images = tail, k, images
+        self.held: list[dict[str, np.ndarray]] = []
 
-def merge_candidates(shards: list[pa.Table], tail: str, k: int, images: ImageList) -> pa.Table:
-    """The k best candidates of each unit over all shards, in exemplars' schema."""
-    rows = pa.concat_tables(shards)
-    lists = {c: rows[c].combine_chunks() for c in ("image", "activation", "position")}
-    lengths = np.diff(lists["image"].offsets.to_numpy())
-    unit = np.repeat(rows["unit"].to_numpy(), lengths)
-    image, activation, position = (lists[c].flatten().to_numpy() for c in ("image", "activation", "position"))
-    sign = 1 if tail == "top" else -1
-    keys = order_keys(torch.from_numpy(sign * activation), torch.from_numpy(images.order[image]))
-    rank, best = _best(unit, keys, k)
-    columns = {"unit": unit[best], "rank": rank, "image": image[best]}
-    columns |= {"activation": activation[best], "position": position[best]}
-    columns |= {"layer": rows["layer"].take(pa.array(np.zeros_like(best))).combine_chunks()}
-    columns |= {"tail": pa.repeat(tail, len(best)), "image_id": images.ids[columns["image"]]}
-    return make_table("exemplars", columns)
+    def add(self, candidates: pa.Table) -> None:
+        """Of the next shard, as it is stored: lists of units."""
+        rows = candidates.filter(pc.call_function("equal", [candidates["tail"], self.tail]))
+        lists = {name: rows[name].combine_chunks() for name in ("image", "activation", "position")}
+        lengths = np.diff(lists["image"].offsets.to_numpy())
+        held = {name: values.flatten().to_numpy() for name, values in lists.items()}
+        self.held.append(held | {"unit": np.repeat(rows["unit"].to_numpy(), lengths)})
+        if len(self.held) > HELD:
+            self._let_go()
+
+    def _let_go(self) -> np.ndarray:
+        """Hold the best alone, by unit and rank; their ranks."""
+        columns = {name: np.concatenate([held[name] for held in self.held]) for name in self.held[0]}
+        sign = 1 if self.tail == "top" else -1
+        order = torch.from_numpy(self.images.order[columns["image"]])
+        rank, best = _best(columns["unit"], order_keys(torch.from_numpy(sign * columns["activation"]), order), self.k)
+        self.held = [{name: values[best] for name, values in columns.items()}]
+        return rank
+
+    def table(self, block: Block) -> pa.Table:
+        """In exemplars' schema."""
+        rank, columns = self._let_go(), self.held[0]
+        said = {"layer": [block.layer] * len(rank), "tail": pa.repeat(self.tail, len(rank)), "rank": rank}
+        return make_table("exemplars", columns | said | {"image_id": self.images.ids[columns["image"]]})
 
 
 def _best(units: np.ndarray, keys: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,38 +110,45 @@ def _best(units: np.ndarray, keys: torch.Tensor, k: int) -> tuple[np.ndarray, np
     return np.nonzero(filled)[1], order[(starts[:, None] + column.numpy())[filled]]
 
 
-def merge_stats(shards: list[pa.Table], block: Block) -> pa.Table:
-    """Statistics of the whole dataset from those of its shards, by Chan's parallel formulas, in shard order."""
+ADDED = ("nonfinite", "explain_count", "sum", "sum_cubed")
+ADDED_LISTS = ("embedding_sum", "embedding_sum_cubed", "position_histogram", "histogram")
 
-    def stack(name: str) -> np.ndarray:
-        return np.stack([s[name].to_numpy() for s in shards])
 
-    count, mean, m2 = stack("count").astype(np.float64), stack("mean"), stack("m2")
-    merged_count, merged_mean, merged_m2 = count[0], mean[0], m2[0]
-    for shard in range(1, len(shards)):
-        total = merged_count + count[shard]
-        share = count[shard] / np.maximum(total, 1)
-        delta = mean[shard] - merged_mean
-        merged_m2 = merged_m2 + m2[shard] + delta**2 * merged_count * share
-        merged_mean = merged_mean + delta * share
-        merged_count = total
-    columns = {
-        name: sum(matrix(s[name]).astype(np.float64) for s in shards)
-        for name in ("embedding_sum", "embedding_sum_cubed")
-    }
-    columns |= {name: stack(name).sum(0) for name in ("nonfinite", "explain_count", "sum", "sum_cubed")}
-    columns |= {"minimum": stack("minimum").min(0), "maximum": stack("maximum").max(0), "low": stack("low").min(0)}
-    has_prefix = shards[0]["prefix_maximum"].null_count == 0
-    prefix = stack("prefix_maximum").max(0) if has_prefix else pa.nulls(len(block), pa.float32())
-    positions = np.asarray(sum(matrix(s["position_histogram"]) for s in shards))
-    columns |= {
-        "layer": [block.layer] * len(block),
-        "unit": np.arange(block.start, block.stop),
-        "count": merged_count.astype(np.int64),
-        "mean": merged_mean,
-        "std": np.sqrt(merged_m2 / np.maximum(merged_count, 1)),
-        "prefix_maximum": prefix,
-        "position_quantile": quantile(positions, POSITION_QUANTILE),
-        "histogram": sum(matrix(s["histogram"]) for s in shards),
-    }
-    return make_table("unit_stats", columns)
+class Stats:
+    """Statistics of a block's units, of all shards so far, by Chan's parallel formulas in shard order."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.columns: dict[str, np.ndarray] = {}
+
+    def add(self, shard: pa.Table) -> None:
+        """Of the next shard."""
+        found = {name: shard[name].to_numpy() for name in ("mean", "m2", "minimum", "low", "maximum", *ADDED)}
+        found |= {name: matrix(shard[name]) for name in ADDED_LISTS}
+        found["count"] = shard["count"].to_numpy().astype(np.float64)
+        for name in ("embedding_sum", "embedding_sum_cubed"):
+            found[name] = found[name].astype(np.float64)
+        if shard["prefix_maximum"].null_count == 0:
+            found["prefix_maximum"] = shard["prefix_maximum"].to_numpy()
+        self.columns = self._merged(found) if self.columns else found
+
+    def _merged(self, new: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        old = self.columns
+        total = old["count"] + new["count"]
+        share, delta = new["count"] / np.maximum(total, 1), new["mean"] - old["mean"]
+        merged = {name: old[name] + new[name] for name in (*ADDED, *ADDED_LISTS)}
+        merged |= {name: np.minimum(old[name], new[name]) for name in ("minimum", "low")}
+        merged |= {name: np.maximum(old[name], new[name]) for name in ("maximum", "prefix_maximum") if name in old}
+        merged |= {"count": total, "mean": old["mean"] + delta * share}
+        return merged | {"m2": old["m2"] + new["m2"] + delta**2 * old["count"] * share}
+
+    def table(self) -> pa.Table:
+        """In the schema of unit_stats."""
+        block, found = self.block, self.columns
+        columns = {"prefix_maximum": pa.nulls(len(block), pa.float32())} | found
+        columns["count"] = found["count"].astype(np.int64)
+        columns["std"] = np.sqrt(columns.pop("m2") / np.maximum(found["count"], 1))
+        columns["position_quantile"] = quantile(columns.pop("position_histogram"), POSITION_QUANTILE)
+        return make_table(
+            "unit_stats", columns | {"layer": [block.layer] * len(block), "unit": np.arange(block.start, block.stop)}
+        )

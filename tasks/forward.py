@@ -28,6 +28,7 @@ def worker_device(threads: int) -> torch.device:
     Raises ValueError where the process was given a GPU that torch cannot use: a CPU would take weeks for its work.
     """
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 has no more digits than half precision
     if torch.cuda.is_available():
         return torch.device("cuda")
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "-1")
@@ -49,6 +50,8 @@ class TargetPass:
     """Torch threads on a CPU."""
     channels_last: bool = True
     """Whether the model takes images whose channels lie side by side: convolutions are then faster."""
+    digest: str | None = None
+    """Of the model that was fingerprinted; None for random weights, which no file can change."""
 
 
 class _AllSeen(Exception):
@@ -56,10 +59,16 @@ class _AllSeen(Exception):
 
 
 class HookedTarget:
-    """The target model on the worker's device, with its chosen layers."""
+    """The target model on the worker's device, with its chosen layers.
+
+    Raises ValueError where the weights are no longer those of the fingerprint, or others on this machine."""
 
     def __init__(self, work: TargetPass) -> None:
         target = load_target(work.target)
+        if work.digest and work.digest != target.digest():
+            key = "checkpoint" if work.target.checkpoint else "name"
+            value = work.target.checkpoint or work.target.name
+            raise ValueError(f"target.{key}={value}: has changed since the sweep began, or is another on this machine")
         self.device, self.dtype = worker_device(work.threads), DTYPES[work.dtype]
         self.layers = work.layers
         self.images, self.preprocess = work.images, target.preprocess
@@ -147,8 +156,13 @@ def describe(settings: TargetSettings, layers: LayersSettings) -> Description:
     blank, channels_last = torch.zeros(1, 3, *target.preprocess.size), True
     with torch.inference_mode():
         try:
-            output = target.model(blank.to(memory_format=torch.channels_last))
+            model = cast(Any, target.model).to(memory_format=torch.channels_last)
+            output = model(blank.to(memory_format=torch.channels_last))
         except RuntimeError:
-            output, channels_last = target.model(blank), False
+            model, channels_last = cast(Any, target.model).to(memory_format=torch.contiguous_format), False
+            output = model(blank)
     num_classes = output.shape[1] if isinstance(output, torch.Tensor) and output.ndim == 2 else None
+    names = len(target.class_names or [])
+    if settings.class_names and num_classes not in (None, names):
+        raise ValueError(f"target.class_names={settings.class_names}: {names} names for {num_classes} outputs")
     return Description(found, digest, target.preprocess, target.class_names, num_classes, channels_last)

@@ -34,7 +34,7 @@ class ImageReader:
         self._starts = lru_cache(maxsize=256)(self._group_starts)
 
     def read(self, uri: str, offset: int | None, length: int | None, row: int | None) -> bytes:
-        """Raises OSError where the file cannot be read."""
+        """Raises OSError where the file cannot be read, BadImage (unreadable) where only its row of one cannot."""
         if row is not None:
             return self._parquet_bytes(uri, row)
         fs, path = self._place(uri)
@@ -53,8 +53,10 @@ class ImageReader:
             starts = self._starts(uri)
             group = int(np.searchsorted(starts, row, side="right")) - 1
             value = self._parquet(uri, group)[row - starts[group]].as_py()
-        except (pa.ArrowException, ValueError, IndexError) as error:
-            raise OSError(f"{uri}: row {row}: {error}") from None
+        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                raise  # of the file system; what Arrow says of a damaged page is an OSError too, without a number
+            raise BadImage("unreadable") from None
         if isinstance(value, dict):
             value = value.get("bytes")
         return value or b""
@@ -185,10 +187,12 @@ class ImageList:
         return fingerprint({"images": rows, "shard_size": self.shard_size, "batch_size": self.batch_size})
 
     def open(self, image: int, reader: ImageReader) -> Image.Image:
-        """Decoded image. Raises BadImage (reason: unreadable) where its file has gone since the probing stage."""
+        """Decoded image. Raises BadImage (its reason and id) where its file has changed since the probing stage."""
         row = {c: self.table[c][image].as_py() for c in ("uri", "offset", "length", "row")}
         try:
             return decode(reader.read(**row))
+        except BadImage as reason:
+            raise BadImage(f"{reason}: {self.ids[image]}") from None
         except OSError as error:
             raise BadImage(f"unreadable: {self.ids[image]}: {error}") from None
 

@@ -200,9 +200,9 @@ def find_layers(
 ) -> list[Layer]:
     """The chosen layers in forward order. Where heads are among them the model has their modules afterwards.
 
-    Raises ValueError naming layers.names where an entry matches nothing, or a chosen module's output cannot be read as
-    [B,C,H,W], [B,H,W,C], [B,N,C] or [B,C], or it runs more than once per image; target.prefix_tokens where the tokens
-    do not fit the grid.
+    Raises ValueError naming target.preprocess.size where the model does not run, layers.names where an entry matches
+    nothing, or a chosen module's output cannot be read as [B,C,H,W], [B,H,W,C], [B,N,C] or [B,C], or it runs more than
+    once per image; target.prefix_tokens where the tokens do not fit the grid.
     """
     if any(entry.endswith("heads") for entry in settings.names):
         open_heads(model)
@@ -213,9 +213,13 @@ def find_layers(
         for n, m in model.named_modules()
         if n
     ]
+    height, width = preprocess.size
     try:
         with torch.inference_mode(), axes:
-            output = model(torch.zeros(DRY_BATCH, 3, *preprocess.size))
+            output = model(torch.zeros(DRY_BATCH, 3, height, width))
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # models differ in how they refuse a size
+        key, reason = f"target.preprocess.size=[{height},{width}]", " ".join(str(error).split())[:300]
+        raise ValueError(f"{key}: the model does not take such images: {reason}") from None
     finally:
         for handle in handles:
             handle.remove()

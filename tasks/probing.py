@@ -6,6 +6,7 @@ table.
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from tasks.images import SPLITS, ImageReader, image_column
 from tasks.pixels import BadImage, decode
@@ -26,6 +28,7 @@ EXTENSIONS = {
     "webdataset": (".tar",),
     "parquet": (".parquet",),
 }
+LABELS = "lines 'file label', or JSON {file: label}"
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 
 
@@ -76,7 +79,8 @@ class ProbingSettings:
 
     @property
     def uris(self) -> list[str]:
-        return [self.uri] if isinstance(self.uri, str) else list(self.uri or [])
+        given = self.uri if isinstance(self.uri, list | tuple) else [] if self.uri is None else [self.uri]
+        return [str(uri) for uri in given]  # a folder may be called 2024
 
 
 def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
@@ -88,11 +92,12 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
         raise ValueError(
             "probing.uri is missing: give a folder of images, WebDataset tars or Parquet files (or a list)"
         )
-    rows, stamps = [], []
+    labels = _labels(settings)
+    rows, stamps = [], [labels]
     for uri, name in zip(settings.uris, _short_names(settings.uris), strict=True):
         fs, root, files = _files(uri, settings)
-        for info in files:
-            stamps.append([name, info["name"][len(root) :], info["size"], _stamp(info)])
+        for info in files:  # with its whole path, which is what the listing holds
+            stamps.append([name, fs.unstrip_protocol(info["name"]), info["size"], _stamp(info)])
         for row in _rows(fs, root, files, settings):
             row["image_id"] = f"{name}/{row['image_id']}" if name else row["image_id"]
             rows.append(row)
@@ -101,7 +106,9 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
     twice = [image_id for image_id, n in Counter(row["image_id"] for row in rows).items() if n > 1]
     if twice:
         raise ValueError(f"probing.uri={settings.uri}: {twice[0]} is there twice")
-    labels = _labels(settings)
+    if labels and labels.keys().isdisjoint(row["image_id"].rsplit("/", 1)[-1] for row in rows):
+        none = f"none of its {len(labels)} entries is of an image there, such as {min(labels)!r}"
+        raise ValueError(f"probing.labels={settings.labels}: {none}; expected {LABELS}")
     for number, row in enumerate(rows):
         row["image"] = number
         row["label"] = labels.get(row["image_id"].rsplit("/", 1)[-1], row["label"])
@@ -122,7 +129,7 @@ def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSyst
         elif fs.isfile(path):
             root, found = path.rsplit("/", 1)[0], {path: fs.info(path)}
         else:
-            root, found = path, fs.find(path, detail=True)
+            root, found = path, _find(fs, path)
     except Exception as error:  # every file system has errors of its own, such as missing credentials
         raise ValueError(f"probing.uri={uri}: cannot be listed: {' '.join(str(error).split())}") from None
     kinds = {kind: [i for n, i in found.items() if _ends(n[len(root) :], ends)] for kind, ends in EXTENSIONS.items()}
@@ -134,6 +141,20 @@ def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSyst
     if len(kinds) > 1:
         raise ValueError(f"probing.uri={uri} holds {' and '.join(kinds)}: choose one with probing.format=")
     return fs, root, sorted(next(iter(kinds.values())), key=lambda info: info["name"])
+
+
+def _find(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict]:
+    """Every file below a folder by its path; on a disk also in folders that are links, which fsspec leaves out."""
+    if not isinstance(fs, LocalFileSystem):
+        return fs.find(path, detail=True)
+    found, seen = [], set()
+    for folder, _, names in os.walk(path, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            raise ValueError(f"{folder} is a link to {place}, which is there already")
+        seen.add(place)
+        found += [f"{folder}/{name}" for name in names]
+    return {name: fs.info(name) for name in found}
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
@@ -227,10 +248,16 @@ def _labels(settings: ProbingSettings) -> dict[str, str]:
             text = file.read()
         if settings.labels.endswith(".json"):
             return {name: str(label) for name, label in json.loads(text).items()}
-        return dict(line.rsplit(None, 1) for line in text.splitlines() if line.strip())
+        return dict(_label(line.strip()) for line in text.splitlines() if line.strip())
     except (OSError, ValueError, AttributeError) as error:
-        expected = "lines 'file label', or JSON {file: label}"
-        raise ValueError(f"probing.labels={settings.labels}: expected {expected}: {error}") from None
+        raise ValueError(f"probing.labels={settings.labels}: expected {LABELS}: {error}") from None
+
+
+def _label(line: str) -> tuple[str, str]:
+    """The file, up to its ending, and the label; both may hold spaces."""
+    ended = re.match(rf"(.*?(?:{'|'.join(map(re.escape, EXTENSIONS['folder']))}))\s+(.+)", line, re.IGNORECASE)
+    name, label = ended.groups() if ended else line.split(None, 1)
+    return name, label
 
 
 def split_of(content: str, explain: float, select: float, seed: int = 0, half: int | None = None) -> str:
@@ -277,7 +304,7 @@ class ProbingWorker:
             width, height = decode(data).size
         except BadImage as reason:
             status = str(reason)
-        except OSError:
+        except PermissionError:  # other failures of a file that was there a moment ago may pass, and fail the part
             status = "unreadable"
         content = hashlib.sha256(data).hexdigest()
         split = split_of(content, settings.explain, settings.select, settings.seed, settings.half)

@@ -62,9 +62,17 @@ class TargetSettings:
         for key in self.preprocess:
             if key not in allowed:
                 raise ValueError(f"target.preprocess.{key}: unknown key; allowed are {', '.join(allowed)}")
+        for key, count in (("size", 2), ("resize_to", 2), ("mean", 3), ("std", 3)):
+            value = self.preprocess.get(key, [1] * count)
+            if not isinstance(value, list | tuple) or len(value) != count or not all(map(_is_number, value)):
+                raise ValueError(f"target.preprocess.{key}={value}: must be a list of {count} numbers")
         for key, choices in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
             if self.preprocess.get(key, next(iter(choices))) not in choices:
                 raise ValueError(f"target.preprocess.{key}={self.preprocess[key]}: allowed are {', '.join(choices)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass
@@ -72,10 +80,15 @@ class Target:
     model: nn.Module
     preprocess: Preprocess
     class_names: list[str] | None = None
+    code: bytes = b""
+    """Source of a factory: what its model computes is told by no name and version of a library."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Identity of architecture and weights."""
-        found = hashlib.sha256(str(self.model).encode())
+        """Identity of architecture and weights. What a factory's file imports is not in it."""
+        found = hashlib.sha256(str(self.model).encode() + self.code)
+        if self.kwargs:
+            found.update(json.dumps(self.kwargs, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             found.update(name.encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -93,6 +106,7 @@ def load_target(settings: TargetSettings, weights: bool = True) -> Target:
     with torch.random.fork_rng(devices=[]):  # models are made on the CPU; other devices' generators stay out of it
         torch.default_generator.manual_seed(settings.seed)
         target = LOADERS[settings.source](settings if weights else bare)
+    target.kwargs = settings.kwargs
     if settings.checkpoint and weights:
         _load_weights(target.model, settings.checkpoint)
     pairs = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in settings.preprocess.items()}
@@ -118,6 +132,8 @@ def unknown(key: str, value: str, allowed: list[str]) -> ValueError:
 def _download(key: str, name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
+    except TypeError as error:
+        raise ValueError(f"target.kwargs: {key}={name} does not take them: {error}") from None
     except (OSError, RuntimeError) as error:  # hubs raise RuntimeError for a refused or broken download
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{key}={name}: cannot be loaded: {reason}; give the weights with target.checkpoint") from None
@@ -136,8 +152,9 @@ def _torchvision(settings: TargetSettings) -> Target:
     own = weights.transforms()
     crop, to = own.crop_size[0], own.resize_size[0]
     preprocess = Preprocess((crop, crop), (to, to), "cover", own.interpolation.value, tuple(own.mean), tuple(own.std))
-    names = list(weights.meta["categories"]) if settings.pretrained else None
-    return Target(model, preprocess, names)
+    names = list(weights.meta["categories"])
+    own_classes = settings.pretrained and settings.kwargs.get("num_classes", len(names)) == len(names)
+    return Target(model, preprocess, names if own_classes else None)
 
 
 def _timm(settings: TargetSettings) -> Target:
@@ -167,6 +184,8 @@ def _timm(settings: TargetSettings) -> Target:
 
 
 def _open_clip(settings: TargetSettings) -> Target:
+    if settings.kwargs:
+        raise ValueError(f"target.kwargs={settings.kwargs}: target.source=open_clip takes none")
     tag = settings.pretrained if isinstance(settings.pretrained, str) else None
     clip = load_clip_model(
         ClipSettings(name=settings.name, pretrained=tag),
@@ -195,7 +214,8 @@ def _factory(settings: TargetSettings) -> Target:
         raise ValueError(
             f"target.name={settings.name}: the function returned {type(model).__name__}, not a torch module"
         )
-    return Target(model, Preprocess())
+    assert module.__file__ is not None
+    return Target(model, Preprocess(), code=Path(module.__file__).read_bytes())
 
 
 LOADERS = {"torchvision": _torchvision, "timm": _timm, "open_clip": _open_clip, "factory": _factory}

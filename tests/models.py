@@ -54,6 +54,19 @@ class Tokens(nn.Module):
         return self.head(self.norm(self.block(tokens))[:, 0])
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose code views its weights as rows: it takes no weights whose channels lie side by side."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.view(self.weight.shape[0], -1)
+        weight = ((rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)).view_as(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(Standardised(3, 6, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+
+
 def planted() -> nn.Module:
     return Planted()
 

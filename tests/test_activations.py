@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 from tasks.activations import Extreme, Images, LayerState, Room
-from tasks.exemplars import _best
+from tasks.exemplars import ExemplarsWorker, _best
 from tasks.forward import HookedTarget, TargetPass, describe
 from tasks.layers import Layer, LayersSettings
 from tasks.moments import BINS, EDGES, EMPTY, count_bins
@@ -120,13 +120,19 @@ def stored_values(job, column):
     [(PLANTED, ["conv", "relu", "logits"]), (CNN, ["conv", "4", "logits"]), (TOKENS, ["proj", "block"])],
     ids=["planted", "cnn", "tokens"],
 )
-def test_drawn_images_equal_reference(tmp_path, target, names):
+def test_drawn_images_equal_reference(tmp_path, monkeypatch, target, names):
     """Ties, dead, constant and all-negative units, an unreadable image, a duplicate, a last batch that is not full."""
     folder = samples.draw_folder(tmp_path / "photos", 45)
     images = samples.probe(tmp_path, ProbingSettings(str(folder), shard_size=16, batch_size=8, max_skipped=1))
     job, merged = samples.collect(tmp_path, images, target, LayersSettings(names))
     check_against_reference(job, merged, images, 10)
     check_pooled(job, images)
+    monkeypatch.setattr("tasks.exemplars.HELD", 0)  # as after many shards: nothing but the best is held
+    folded = replace(merged, out=replace(merged.out, fingerprint="folded"))
+    for part in range(len(merged.blocks)):
+        ExemplarsWorker(folded).run(part)
+    for table in merged.out.tables:
+        assert folded.out.read_all(table).equals(merged.out.read_all(table))
 
 
 @pytest.mark.skipif(not samples.DATA.exists(), reason=samples.NO_DATA)
@@ -194,6 +200,13 @@ def test_a_model_that_views_its_maps_is_given_rows_of_channels(tmp_path):
         stats.append(merged.out.read_all("unit_stats"))
     for column in ("maximum", "mean", "minimum"):
         np.testing.assert_allclose(*(table[column].to_numpy() for table in stats), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_a_model_views_stay_rows(tmp_path):
+    settings = TargetSettings("factory", "tests/models.py:standardised", preprocess=CNN.preprocess)
+    images = samples.probe(tmp_path, ProbingSettings(str(samples.draw_folder(tmp_path / "photos", 8)), batch_size=8))
+    job, _ = samples.collect(tmp_path, images, settings, LayersSettings(["conv"]))
+    assert not job.model.channels_last
 
 
 @pytest.mark.parametrize(("names", "last"), [(["3"], 3), (["7", "2"], 7), (["0", "19"], 19), (["logits"], 22)])

@@ -355,11 +355,51 @@ def test_nested_options_of_the_file_system(s3):
 @pytest.mark.parametrize("kind", ["txt", "json"])
 def test_labels_file(place, kind):
     text = {
-        "txt": "1.jpg n01440764\n\nmy cat.jpg\tcat\n",
-        "json": json.dumps({"1.jpg": "n01440764", "my cat.jpg": "cat"}),
+        "txt": "1.jpg n01440764\n\nmy cat.jpg\told cat\n",
+        "json": json.dumps({"1.jpg": "n01440764", "my cat.jpg": "old cat"}),
     }
     write(place, {"1.jpg": jpeg(1), "2.jpg": jpeg(2), "my cat.jpg": jpeg(3), f"labels.{kind}": text[kind].encode()})
-    assert [r["label"] for r in listed(place, labels=f"{place}/labels.{kind}")] == ["n01440764", None, "cat"]
+    assert [r["label"] for r in listed(place, labels=f"{place}/labels.{kind}")] == ["n01440764", None, "old cat"]
+
+
+def test_other_labels_are_another_listing(tmp_path):
+    write(f"{tmp_path}/a", {"1.jpg": jpeg(1)})
+    stamps = []
+    for label in ("golden retriever", "dog", "dog"):
+        (tmp_path / "labels.txt").write_text(f"1.jpg {label}\nelsewhere.JPEG tench\n")
+        rows, stamp = list_images(ProbingSettings(f"{tmp_path}/a", labels=f"{tmp_path}/labels.txt"))
+        assert rows[0]["label"] == label
+        stamps.append(stamp)
+    assert stamps[0] != stamps[1] == stamps[2]
+    (tmp_path / "labels.txt").write_text("one.jpg dog\n")
+    with pytest.raises(ValueError, match=r"^probing\.labels=.*none of its 1 entries is of an image there"):
+        listed(f"{tmp_path}/a", labels=f"{tmp_path}/labels.txt")
+
+
+def test_folders_that_are_links_are_followed(tmp_path):
+    write(f"{tmp_path}/data", {"cat/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/tabby").symlink_to(tmp_path / "data/cat")
+    (tmp_path / "set/two.jpg").symlink_to(tmp_path / "data/2.jpg")
+    found = listed(f"{tmp_path}/set")
+    assert [(r["image_id"], r["label"]) for r in found] == [("tabby/1.jpg", "tabby"), ("two.jpg", None)]
+    assert [ImageReader({}).read(r["uri"], None, None, None) for r in found] == [jpeg(1), jpeg(2)]
+    (tmp_path / "data/cat/all").symlink_to(tmp_path / "data/cat")
+    with pytest.raises(ValueError, match=r"^probing\.uri=.*tabby/all is a link to"):
+        listed(f"{tmp_path}/set")
+
+
+def test_a_folder_that_moves_is_listed_anew(tmp_path, monkeypatch):
+    """The listing holds whole paths, also where the user gave none."""
+    monkeypatch.chdir(tmp_path)
+    write(f"{tmp_path}/one/photos", {"1.jpg": jpeg(1)})
+    stamps = []
+    for place in ("one", "two"):
+        monkeypatch.chdir(tmp_path / place)
+        stamps.append(list_images(ProbingSettings("photos"))[1])
+        if place == "one":
+            (tmp_path / "one").rename(tmp_path / "two")
+    assert stamps[0] != stamps[1]
 
 
 @pytest.mark.parametrize(
@@ -623,7 +663,8 @@ def test_bad_images_are_counted_by_reason(tmp_path, place):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "parquet", "fewer rows", "other columns"])
-def test_files_that_go_after_the_listing_are_unreadable(tmp_path, kind):
+def test_files_that_change_after_the_listing(tmp_path, kind):
+    """What has gone may come back (a disk that is not mounted), so it fails the part; what is damaged is counted."""
     files = {"1.jpg": jpeg(1), "2.jpg": jpeg(2), "3.jpg": jpeg(3)}
     if kind == "tar":
         files = {"a.tar": tar(files)}
@@ -638,9 +679,13 @@ def test_files_that_go_after_the_listing_are_unreadable(tmp_path, kind):
     if kind in changed:
         (tmp_path / "set/a.parquet").write_bytes(changed[kind])
     else:
-        (tmp_path / "set" / ("2.jpg" if kind == "folder" else next(iter(files)))).unlink()
+        (tmp_path / "set").rename(tmp_path / "gone")
+        with pytest.raises(FileNotFoundError):
+            ProbingWorker(ProbingJob(out, listing, chosen)).run(0)
+        assert out.done() == set()
+        (tmp_path / "gone").rename(tmp_path / "set")
     report = ProbingWorker(ProbingJob(out, listing, chosen)).run(0)
-    assert report.skipped == {"unreadable": 1 if kind == "folder" else 2 if kind == "fewer rows" else 3}
+    assert report.skipped == {"fewer rows": {"unreadable": 2}, "other columns": {"unreadable": 3}}.get(kind, {})
     assert report.error is None
     assert out.done() == {0}
 

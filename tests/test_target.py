@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from tasks.clip import Clip, ClipSettings, JudgeSettings, check_clip, clip_identity
+from tasks.forward import HookedTarget, TargetPass, describe
+from tasks.layers import LayersSettings
 from tasks.precision import top_overlap
 from tasks.target import TargetSettings, load_target, random_twin
 from tests import samples
+from tests.test_probing import image_list
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -109,10 +112,82 @@ def test_random_twin_has_the_architecture_and_preprocessing_alone():
     assert twin.digest() != own.digest()
 
 
-def test_class_names():
+def test_class_names(tmp_path):
     assert load_target(TargetSettings("factory", "tests/models.py:planted")).class_names is None
-    labels = load_target(TargetSettings("factory", "tests/models.py:planted", class_names="tests/samples.py"))
-    assert labels.class_names
+    file, layers = tmp_path / "names.txt", LayersSettings(["logits"])
+    file.write_text("cat\ndog\ngolden retriever\n")
+    settings = TargetSettings("factory", "tests/models.py:planted", class_names=str(file))
+    assert describe(settings, layers).class_names == ["cat", "dog", "golden retriever"]
+    file.write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=r"^target\.class_names=.*names.txt: 2 names for 3 outputs$"):
+        describe(settings, layers)
+
+
+def test_a_net_trained_on_other_classes_does_not_get_those_of_the_library(tmp_path):
+    kwargs = {"num_classes": 10}
+    save_file(models.resnet18(**kwargs).state_dict(), tmp_path / "w.safetensors")
+    settings = TargetSettings("torchvision", "resnet18", checkpoint=str(tmp_path / "w.safetensors"), kwargs=kwargs)
+    assert load_target(settings).class_names is None
+    assert len(load_target(settings, weights=False).class_names or []) == 0
+    whole = TargetSettings("torchvision", "resnet18", checkpoint="none")
+    assert len(load_target(whole, weights=False).class_names or []) == 1000
+
+
+FACTORY = """
+import torch
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.mean((2, 3))) * {factor}
+def make(**kwargs):
+    torch.nn.init.ones_((model := Scaled(3, 2)).weight)
+    return model
+"""
+
+
+def test_code_and_arguments_are_part_of_a_target(tmp_path):
+    """What weights and module names do not tell."""
+    files = [tmp_path / "a.py", tmp_path / "b.py", tmp_path / "c.py"]
+    for file, factor in zip(files, (1, 1, 2), strict=True):
+        file.write_text(FACTORY.format(factor=factor))
+    one, copy, other = (load_target(TargetSettings("factory", f"{file}:make")).digest() for file in files)
+    assert one == copy != other
+    more = load_target(TargetSettings("factory", f"{files[0]}:make", kwargs={"a": 1})).digest()
+    assert more != one
+    plain, kept = (
+        TargetSettings(
+            "torchvision", "googlenet", pretrained=False, kwargs={"transform_input": t, "init_weights": False}
+        )
+        for t in (False, True)
+    )
+    assert load_target(plain).digest() != load_target(kept).digest()
+
+
+def test_weights_that_change_while_a_sweep_runs_are_refused(tmp_path):
+    path, work = tmp_path / "w.safetensors", {}
+    settings = TargetSettings("torchvision", "resnet18", checkpoint=str(path))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(models.resnet18().state_dict(), path)
+        about = describe(settings, LayersSettings(["logits"]))
+        work[seed] = TargetPass(image_list(3), settings, about.layers, "float32", 1, about.channels_last, about.digest)
+    HookedTarget(work[1])
+    with pytest.raises(ValueError, match=rf"^target\.checkpoint={path}: has changed since the sweep began"):
+        HookedTarget(work[0])
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        ({"size": 256}, r"target\.preprocess\.size=256: must be a list of 2 numbers"),
+        ({"resize_to": [256]}, r"target\.preprocess\.resize_to=\[256\]: must be a list of 2 numbers"),
+        ({"mean": ["a", "b", "c"]}, r"target\.preprocess\.mean=.*: must be a list of 3 numbers"),
+        ({"size": [100, 100]}, r"target\.preprocess\.size=\[100,100\]: the model does not take such images: .*100"),
+    ],
+)
+def test_preprocessing_that_cannot_be(preprocess, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        describe(TargetSettings("timm", "vit_tiny_patch16_224", False, preprocess=preprocess), LayersSettings(["mlp"]))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +197,18 @@ def test_class_names():
         (("torchvision", "resnet51"), "target.name=resnet51: unknown; [0-9]+ are allowed, among them .*resnet50"),
         (("factory", "tests/models.py:nothing"), "target.name=tests/models.py:nothing: expected file.py:function"),
         (("factory", "tests/samples.py:draw"), "target.name=tests/samples.py:draw: expected file.py:function"),
+        (
+            ("timm", "test_resnet", False, None, {"foo": 1}),
+            "target.kwargs: target.name=test_resnet does not take them: ",
+        ),
+        (
+            ("torchvision", "resnet18", False, None, {"foo": 1}),
+            "target.kwargs: target.name=resnet18 does not take them",
+        ),
+        (
+            ("open_clip", "ViT-B-32", False, None, {"foo": 1}),
+            "target.kwargs={'foo': 1}: target.source=open_clip takes none",
+        ),
         (("open_clip", "ViT-B-33"), "target.name=ViT-B-33: unknown; allowed are a local folder or open_clip's models"),
     ],
 )
@@ -172,6 +259,11 @@ def test_clip_identity_follows_the_bytes(tiny, tmp_path):
     config = copy / "open_clip_config.json"
     config.write_text(config.read_text().replace("0.5", "0.4"))
     assert clip_identity(ClipSettings(str(tiny))) != clip_identity(ClipSettings(str(copy)))
+    named = ClipSettings("ViT-B-32", str(tmp_path / "w.pt"))
+    (tmp_path / "w.pt").write_bytes(b"one")
+    first = clip_identity(named)
+    (tmp_path / "w.pt").write_bytes(b"two")
+    assert clip_identity(named) != first
 
 
 @pytest.mark.parametrize(
