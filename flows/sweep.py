@@ -88,6 +88,7 @@ class Sweep(CausesStages):
         self.worked = False
         self.twin: Sweep | None = self._twin() if config.neurons.twin else None
         self.lexicon: Sweep | None = self._against(config.vocabulary.against) if config.vocabulary.against else None
+        Store(config.store).check()
 
     def _twin(self) -> "Sweep":
         """This sweep with random weights, all else the same. Raises ValueError where the target has none."""

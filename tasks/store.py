@@ -61,7 +61,11 @@ class Store:
     """
 
     def __init__(self, settings: StoreSettings) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(settings.root, **settings.options)
+        """Raises ValueError naming store.root where its kind of file system is not known or not installed."""
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(settings.root, **settings.options)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"store.root={settings.root}: {' '.join(str(error).split())}") from None
         self.root = self.root.rstrip("/")
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
@@ -82,6 +86,15 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         os.replace(hidden, path)
+
+    def check(self) -> None:
+        """Raises ValueError naming store.root where nothing can be written."""
+        try:
+            self.put("runs/.writable", b"")
+            self.fs.rm_file(self.path("runs/.writable"))
+        except Exception as error:  # every file system has errors of its own, such as missing credentials
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"store.root={self.fs.unstrip_protocol(self.root)}: cannot be written: {reason}") from None
 
     def get(self, name: str) -> bytes:
         return self.fs.cat_file(self.path(name))

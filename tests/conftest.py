@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import s3fs
+from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
 
 BUCKET = "axonym-test"
+settings.register_profile("axonym", deadline=None)  # how long an example takes hangs on what else the machine does
+settings.load_profile("axonym")
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def drawn(count, seed, slope=2.0):
     return found, rng.random(count) < truth, truth
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), count=st.integers(5, 80))
 def test_probability_is_monotone_and_never_certain(seed, count):
     found, right, _ = drawn(count, seed)

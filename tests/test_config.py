@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from ray._private.services import find_gcs_addresses
 
+from flows import sweep
+from flows.cli import run_flow
 from flows.config import CONF, compose, groups, multirun
 from flows.run import load_run
 from tasks.clip import JudgeSettings
@@ -198,8 +199,8 @@ def test_flows_are_listed():
         assert f"axonym {flow} " in done.stdout
 
 
-def test_mistakes_end_the_command_and_write_nothing(tmp_path):
-    """Through the command line: exit code 2, one line, no traceback, nothing in the store."""
+def test_mistakes_end_the_command_and_write_nothing(tmp_path, capsys):
+    """Exit code 2, one line, no traceback, nothing in the store; the first through the command line."""
     arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=none"]
     (tmp_path / "empty").mkdir()
     for wrong, message in [
@@ -211,20 +212,31 @@ def test_mistakes_end_the_command_and_write_nothing(tmp_path):
         (f"target.checkpoint={tmp_path}/words.txt", "axonym: target.checkpoint="),
         ("clip.name=ViT-B-33", "axonym: clip.name=ViT-B-33: unknown; allowed are a local folder or"),
     ]:
-        done = axonym("sweep", *arguments, wrong)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith(message)
-        assert done.stderr.count("\n") == 1, done.stderr
+        assert run_flow(sweep.main, [*arguments, wrong]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(message)
+        assert said.count("\n") == 1, said
         assert not (tmp_path / "store").exists()
+    done = axonym("sweep", *arguments, wrong)
+    assert (done.returncode, done.stderr, done.stdout) == (2, said, "")
+
+
+NOBODY = """
+import functools, sys
+import ray._private.services
+ray._private.services.find_gcs_addresses = functools.cache(set)  # other users of this machine are none of ours
+from flows.cli import main
+sys.exit(main())
+"""
 
 
 def test_no_cluster_to_join_is_one_line(tmp_path, monkeypatch):
-    if find_gcs_addresses():
-        pytest.skip("there is a Ray on this machine, which auto would join")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where "auto" looks for a running cluster
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    done = axonym("sweep", *samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=join")
-    assert done.returncode == 2
+    arguments = ["sweep", *samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=join"]
+    command = [sys.executable, "-c", NOBODY, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
     assert "axonym: cluster.address=auto: is Ray running there" in done.stderr
     assert "Traceback" not in done.stderr
 

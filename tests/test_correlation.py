@@ -29,7 +29,7 @@ def test_three_images_tell_nothing():
     assert redrawn(0).shape == (0, DRAWS)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.sampled_from([6, 7]), st.integers(0, 2**31))
 def test_the_fit_has_the_moments_of_all_permutations(count, seed):
     """All of the 720 or 5,040: the p value is the tail of Pearson's distribution with their mean, variance and
@@ -55,7 +55,7 @@ def skewed(count: int = 300) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(4, 40), st.integers(0, 2**31))
 def test_followed_is_what_every_similarity_gives(count, seed):
     """Of float16 vectors of norm 1; unit 2 is constant, and to one concept all images are equally similar."""
@@ -101,7 +101,7 @@ def test_p_of_unskewed_rows_is_the_normal_one():
     np.testing.assert_allclose(np.log(permutation_p(a, s)), np.log(fisher(paired(a, s), 1000)[2]), rtol=0.02)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(4, 40), st.integers(0, 2**31))
 def test_bootstrap_is_what_every_draw_gives(count, seed):
     rng = np.random.default_rng(seed)

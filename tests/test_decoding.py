@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tasks.decoding import AHEAD, Slots, from_processes, prefetch
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 99), max_size=60), st.integers(0, 9), st.integers(1, 4), st.integers(0, 60))
 def test_prefetch_keeps_the_order_and_runs_a_bounded_way_ahead(numbers, ahead, threads, taken):
     started = []

@@ -100,9 +100,12 @@ def test_nothing_waits_for_a_gpu_in_every_batch(tmp_path):
 
 def test_half_precision_on_a_gpu(tmp_path):
     """The stage that chooses a format runs the model in all three; CLIP under autocast stays close to float32."""
-    arguments = samples.sweep_arguments(tmp_path)
+    arguments = [*samples.sweep_arguments(tmp_path), "cluster=none"]
     for dtype in ("float32", "float16"):
-        sweep([*arguments, f"clip.dtype={dtype}", f"run={dtype}"], tmp_path / "store", simulated())
+        flow = Sweep(compose([*arguments, f"clip.dtype={dtype}", f"run={dtype}", f"store.root={tmp_path}/store"]))
+        with simulated():
+            flow.probing()
+            flow.image_embeddings()
     store = compose(["probing.uri=x", f"store.root={tmp_path}/store"]).store
     full, half = (load_run(store, run).folder("image_embeddings") for run in ("float32", "float16"))
     vectors = [np.stack(f.read_all("image_embeddings")["embedding"].to_pylist()) for f in (full, half)]

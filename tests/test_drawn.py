@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -45,7 +45,6 @@ def detector() -> nn.Module:
     return nn.Sequential(OrderedDict(parts))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 12), st.integers(1, 4))
 def test_auc_is_the_share_of_pairs(seed, shown, absent, values):
     """Few different values, so that most pairs are ties."""

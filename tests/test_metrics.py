@@ -71,7 +71,7 @@ def slow_cosine(a, s):
     return a @ s / np.sqrt((a @ a) * (s @ s)) if a.any() and s.any() else np.nan
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.integers(1, 60))
 @example(0, 1)
 def test_metrics_equal_a_slow_look_at_each_unit(seed, count):
@@ -108,7 +108,6 @@ def test_what_rows_that_tell_nothing_give():
         assert np.isnan(metric(first, empty > 0)).all()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 300), st.integers(0, 300))
 def test_positives_lie_above_all_but_a_twentieth_of_the_sample(seed, count, sampled):
     rng = np.random.default_rng(seed)
@@ -125,7 +124,6 @@ def test_positives_lie_above_all_but_a_twentieth_of_the_sample(seed, count, samp
     assert positives(sample, sample).sum(1).max() <= sampled / 20 + 1e-9
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 60))
 def test_only_the_order_of_the_scores_matters(seed, count):
     _, s, positive = units(seed, count)
@@ -137,7 +135,7 @@ def test_only_the_order_of_the_scores_matters(seed, count):
     np.testing.assert_allclose(auc(-s, positive), 1 - auc(s, positive), atol=1e-12)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(2, 40))
 def test_ties_are_not_favoured(seed, count):
     """With ties, auc is the mean over the ways to break them; auprc is the same in whatever order the images come."""

@@ -19,7 +19,7 @@ from tests import samples
 from tests.test_activations import CNN, dense
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 12))
 def test_active_boxes_equal_connected_components(seed, height, width):
     """The component around the peak, 8-connected, as scipy labels it; winding ones included."""
@@ -60,7 +60,7 @@ def test_parts_that_need_many_rings(height, width):
         assert np.array_equal(part, mask & (labels == labels[0, 0]) & mask[0, 0])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.lists(st.floats(0.1, 1), max_size=3))
 def test_grid_covers_the_image_with_at_most_64_squares(width, height, sizes):
     if max(width, height) > 32 * min(width, height):
@@ -89,7 +89,7 @@ def test_default_grid_is_half_overlapping_and_seamless():
     assert covered.min() >= 1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 10_000))
 def test_snap_takes_the_best_square(seed):
     rng = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def slow_iou(a, b):
     return inter / max((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter, 1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200)), max_size=12),
     st.sampled_from([[0.5, 0.25], [0.5], [], [1.0, 0.1]]),

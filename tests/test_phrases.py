@@ -177,7 +177,7 @@ def test_family():
     assert family_of("teapots on a red table") == family_of("teapot")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(raws, max_size=8))
 def test_clean_holds_its_limits(raw):
     rows, skipped = clean(raw, 6)
@@ -193,7 +193,7 @@ def test_clean_holds_its_limits(raw):
         "".join([concept, *row["sources"]]).encode()  # UTF-8, as Parquet wants it
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(raws, max_size=8))
 def test_clean_is_idempotent(raw):
     rows, _ = clean([r._replace(is_class=False) for r in raw], 6)
@@ -205,7 +205,6 @@ def test_clean_is_idempotent(raw):
     assert not skipped
 
 
-@settings(deadline=None)
 @given(st.lists(raws, max_size=8), st.randoms(use_true_random=False))
 def test_the_set_of_concepts_does_not_depend_on_the_order(raw, chance):
     shuffled = raw.copy()
@@ -333,7 +332,7 @@ def test_class_names():
     assert skipped == {"duplicate": 2}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.one_of(phrases, st.text(min_size=90, max_size=1200)))
 def test_every_class_name_with_a_word_survives(name):
     for full in (name, f"zebra {name}"):

@@ -158,7 +158,7 @@ def test_sixteen_bit_grey_is_scaled(kind):
     assert np.array_equal(found, np.stack([values // 257] * 3, 2))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 65535), min_size=12, max_size=12))
 def test_sixteen_bit_grey_between_the_steps(values):
     found = pixels(encode(Image.fromarray(np.array(values, np.uint16).reshape(3, 4)), "PNG"))
@@ -317,7 +317,7 @@ SIGNATURES = (
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(SIGNATURES), st.binary(max_size=300))
 def test_random_bytes_never_raise_anything_else(signature, data):
     judged(signature + data)
@@ -327,7 +327,7 @@ DAMAGED = [encode(noise(48, 40), "JPEG", exif=orientation(6)), encode(noise(48, 
 DAMAGED += [encode(noise(24, 20), kind) for kind in ("PNG", "GIF", "TIFF", "BMP", "WEBP")]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_files_never_raise_anything_else(data):
     file = bytearray(data.draw(st.sampled_from(DAMAGED)))
@@ -370,7 +370,7 @@ def test_pixels_are_torchvisions(interpolation, size, short):
         assert np.array_equal(found, np.asarray(theirs(image))), shape
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(1, 220), st.integers(1, 220), st.integers(16, 64), st.integers(16, 80))
 def test_pixels_are_torchvisions_at_any_size(width, height, size, short):
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -416,7 +416,7 @@ def test_input_is_open_clips(interpolation, mode, resize, size):
         assert torch.equal(own_input(preprocess, image), theirs(image)), shape
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 200), st.integers(1, 200), st.sampled_from(["shortest", "longest", "squash"]))
 def test_input_is_open_clips_at_any_size(width, height, mode):
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -454,7 +454,7 @@ def marker(preprocess: Preprocess, image: Image.Image, box: tuple[int, int, int,
     return preprocess.to_image(shares, np.array([image.width]), np.array([image.height]))[0]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     size=st.tuples(st.integers(96, 200), st.integers(96, 200)),
     shape=st.tuples(st.integers(40, 360), st.integers(40, 360)),
@@ -506,7 +506,7 @@ def test_boxes_of_many_images_at_once_are_those_of_each():
         assert (together[:, 2:] >= together[:, :2]).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 200), st.integers(1, 200)),
     size=st.integers(14, 70),

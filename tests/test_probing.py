@@ -266,7 +266,7 @@ def test_one_tar_is_the_same_as_its_folder(place):
     assert ids(f"{place}/a.tar") == ids(place) == ids(f"{place}/*.tar") == ["a.tar/x/1.jpg"]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z]{1,9}\.(jpg|png|txt|cls)", fullmatch=True), st.binary(max_size=1500), max_size=9
@@ -735,7 +735,7 @@ def stored(table: pa.Table, **sizes) -> ImageList:
     return ImageList(out, **({"shard_size": 8, "batch_size": 4, "pooled_max": 10_000} | sizes), options={})
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.integers(0, 60))
 def test_choices_are_fixed_by_content(n, seed, batches, batch_size, pooled_max):
     sizes = {"shard_size": batches * batch_size, "batch_size": batch_size, "pooled_max": pooled_max}

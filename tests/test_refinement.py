@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.config import compose
@@ -41,7 +41,6 @@ def test_better_by_hand():
     assert np.isnan(found[1])
 
 
-@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(0, 2**31))
 def test_kmeans_finds_what_lies_apart(number, seed):
     rng = np.random.default_rng(seed)

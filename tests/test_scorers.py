@@ -128,7 +128,7 @@ def slow_linear(a, similarity):
 
 
 @pytest.mark.parametrize("name", list(SCORERS))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000))
 def test_scorers_equal_their_formulas(name, seed):
     found, arrays = evidence(seed)
@@ -140,7 +140,7 @@ def test_scorers_equal_their_formulas(name, seed):
 
 
 @given(st.integers(0, 1000))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_peak_or_whole_by_hand(seed):
     found, arrays = evidence(seed)
     pmi = np.random.default_rng(seed).normal(size=(5, 11)) * 5
@@ -174,7 +174,7 @@ def test_ranks_share_ties(rows):
 
 
 @given(st.integers(0, 1000))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_shares_of_patches_by_hand(seed):
     found, a = evidence(seed)
     rng = np.random.default_rng(seed)
@@ -199,7 +199,7 @@ def test_shares_of_patches_by_hand(seed):
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_unexplained_is_what_a_regression_leaves(seed):
     rng = np.random.default_rng(seed)
     images, activation = rng.normal(size=(50, 6)), rng.random((3, 50)) ** 3
@@ -244,7 +244,7 @@ def test_marginal_of_parts_is_the_marginal_of_the_whole():
     torch.testing.assert_close(log_mean_exp(halves, 5), expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(4, 40))
 def test_correlations_are_pearsons(seed, count):
     rng = np.random.default_rng(seed)

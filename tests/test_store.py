@@ -321,7 +321,7 @@ def test_a_folder_travels_between_processes(root):
 # Bytes of a table
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.lists(st.integers(1, 199), max_size=4))
 def test_encoding_is_deterministic_and_cuts_the_row_groups(lengths, cuts):
     table = vectors(sum(lengths))
@@ -352,7 +352,6 @@ def test_fingerprint():
     assert fingerprint({"a": 1}) == "f9d86028c6e0d64e"
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_hash64_is_63_bits(text):
     assert 0 <= hash64(text) < 2**63

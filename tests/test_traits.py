@@ -132,7 +132,7 @@ def unit_vectors(rng, number, width=4):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_traits_are_what_a_double_loop_over_pairs_finds(data):
     number, units = data.draw(st.integers(6, 20)), data.draw(st.integers(1, 7))

@@ -188,7 +188,7 @@ def test_target_with_fixed_weights_is_refused_and_nothing_written(tmp_path):
 def test_second_random_net_by_hand(arguments, reference):
     """Its weights are of the next seed, and every image is looked at once."""
     _, twin = runs(reference)
-    sweep = Sweep(compose([*arguments, f"store.root={reference}"]))
+    sweep = Sweep(compose([*arguments, f"store.root={reference}", "run=by_hand"]))
     sweep.probing()
     images, settings = sweep.images, sweep.twin.config.target
     assert settings.seed == 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.cleaning import class_rows, clean
@@ -24,7 +24,6 @@ def slow(vectors, is_class, limit):
     return into
 
 
-@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 2**31), st.floats(0.05, 0.95), st.sampled_from([3, 7, 1024]))
 def test_synonyms_as_a_slow_reference_finds_them(number, seed, limit, block):
     rng = np.random.default_rng(seed)

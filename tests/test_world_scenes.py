@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.cleaning import clean
@@ -42,7 +42,6 @@ def some() -> Album:
     return stream("test", 0, 100)
 
 
-@settings(deadline=None)
 @given(SEEDS, NUMBERS, st.lists(st.tuples(SEEDS, NUMBERS), max_size=5))
 def test_a_scene_does_not_depend_on_what_was_drawn_before(seed, number, before):
     scene, pixels = sample(seed, number), draw(sample(seed, number)).pixels
@@ -62,7 +61,6 @@ def test_a_crop_of_everything_shows_what_the_scene_shows():
     assert (whole[:, layout] != UNSURE).all()
 
 
-@settings(deadline=None)
 @given(boxes())
 def test_a_compound_is_seen_only_with_both_its_parts(box):
     found = some()
@@ -75,7 +73,6 @@ def test_a_compound_is_seen_only_with_both_its_parts(box):
         assert (parts[column == UNSURE] != NO).all()
 
 
-@settings(deadline=None)
 @given(boxes())
 def test_nothing_is_seen_in_a_crop_that_is_not_in_the_scene(box):
     found = some()
@@ -125,7 +122,6 @@ def test_no_concept_is_rare_or_everywhere():
     assert not odd
 
 
-@settings(deadline=None)
 @given(st.none() | boxes())
 def test_captions_name_every_visible_object(box):
     found = some()
