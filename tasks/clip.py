@@ -90,7 +90,7 @@ def load_clip_model(
     config: dict[str, Any] = {}
     if settings.is_folder:
         folder, options = os.path.abspath(settings.name), {}
-        config = _folder_config(folder, key)
+        config = _folder_config(folder, key, weights)
         if "hf_model_name" in config["model_cfg"].get("text_cfg", {}):
             options["text_cfg"] = config["model_cfg"]["text_cfg"] | {
                 "hf_model_name": folder,
@@ -120,14 +120,18 @@ def load_clip_model(
     return LoadedClip(model.eval().requires_grad_(False), preprocess, tokenizer, length)
 
 
-def _folder_config(folder: str, key: str) -> dict:
+def _folder_config(folder: str, key: str, weights: bool = True) -> dict:
     try:
         with open(f"{folder}/open_clip_config.json") as file:
             config = json.load(file)
         assert isinstance(config["model_cfg"], dict)
-        return config
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"{key}.name={folder}: not an open_clip folder: {error}") from None
+    if weights and not any(name.endswith((".safetensors", ".bin", ".pth")) for name in os.listdir(folder)):
+        raise ValueError(
+            f"{key}.name={folder}: no weights there, such as open_clip_model.safetensors"
+        )  # or random ones
+    return config
 
 
 def _check_name(name: str, pretrained: str | None, key: str, check_pretrained: bool) -> None:

@@ -159,6 +159,10 @@ class Vllm:
         ]
 
 
+REFUSED = "refused: "
+"""What the answer to a prompt begins with that a server did not take."""
+
+
 class Openai:
     """A server, by the official client, which waits longer after each refusal."""
 
@@ -170,24 +174,35 @@ class Openai:
         self.settings, self.schema = settings, answer_schema(max_concepts)
 
     def ask(self, prompts: list[Prompt]) -> list[Said]:
+        """Raises ValueError where it refuses every prompt: the model's name or the schema is not to its liking."""
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            return list(pool.map(self._one, prompts))
+            found = list(pool.map(self._one, prompts))
+        if all(answer.text.startswith(REFUSED) for answer in found):
+            raise ValueError(f"vocabulary.llm.url={self.settings.url}: {' '.join(found[0].text.split())[:500]}")
+        return found
 
     def _one(self, prompt: Prompt) -> Said:
-        found = self.client.chat.completions.create(
-            model=str(self.settings.model),
-            messages=[{"role": "user", "content": prompt.text}],
-            temperature=self.settings.temperature,
-            max_completion_tokens=self.settings.max_tokens,
-            seed=request_seed(self.settings, prompt),
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "concepts", "schema": self.schema, "strict": True},
-            },
-        )
+        """What it takes is guessed high where the server does not say."""
+        from openai import BadRequestError
+
+        most = most_tokens(self.settings, [prompt])
+        try:
+            found = self.client.chat.completions.create(
+                model=str(self.settings.model),
+                messages=[{"role": "user", "content": prompt.text}],
+                temperature=self.settings.temperature,
+                max_completion_tokens=self.settings.max_tokens,
+                seed=request_seed(self.settings, prompt),
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "concepts", "schema": self.schema, "strict": True},
+                },
+            )
+        except BadRequestError as error:  # it refuses this prompt; what it says of the others is paid and kept
+            return Said(f"{REFUSED}{error}", most[0], 0)
         usage = found.usage
         text = (found.choices[0].message.content or "") if found.choices else ""
-        return Said(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+        return Said(text, *((usage.prompt_tokens, usage.completion_tokens) if usage else most))
 
 
 ENGINES: dict[str, type[Vllm] | type[Openai]] = {"vllm": Vllm, "openai": Openai}
@@ -217,9 +232,13 @@ def check_budget(settings: LlmSettings, prompts: list[Prompt], input_tokens: int
 
 
 def parse_answer(text: str) -> tuple[list[str], str]:
-    """Phrases of an answer and its status: ok, truncated (those that are complete) or malformed (none)."""
+    """Phrases of an answer and its status: ok, truncated (those that are complete) or malformed (none).
+
+    Around the JSON there may be words, or a fence: servers that know no schema put them there.
+    """
+    text = text[max(text.find("{"), 0) :]
     try:
-        found, status = json.loads(text), "ok"
+        found, status = json.loads(text[: text.rfind("}") + 1] or text), "ok"
     except (ValueError, RecursionError):
         found, status = _complete_strings(text), "truncated"
     concepts = found.get("concepts") if isinstance(found, dict) else None

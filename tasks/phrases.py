@@ -136,7 +136,8 @@ class PhrasesWorker:
             raw = read_concepts(settings.path) if settings.source == "lexicon" and not self.job.alone else []
             raw += class_rows(names) if settings.uses_class_names and not self.job.alone else []
             if self.job.answers is not None:
-                raw += answer_rows(self.job.answers.read_all("answers"), settings.llm.max_skipped)
+                limit = 1 if self.job.alone else settings.llm.max_skipped  # a round of a few answers may lose them
+                raw += answer_rows(self.job.answers.read_all("answers"), limit)
         with report.phase("compute"):
             rows, skipped = clean(raw, settings.max_words)
         if not self.job.alone:

@@ -104,6 +104,9 @@ def test_schema_is_bounded():
         ('{"concepts":["red fur","blue"]}', ["red fur", "blue"], "ok"),
         (' {"concepts" : [ ] } \n', [], "ok"),
         ('{"concepts": ["../../etc/passwd", "<b>x</b>"]}', ["../../etc/passwd", "<b>x</b>"], "ok"),  # clean() decides
+        ('```json\n{"concepts":["red fur"]}\n```', ["red fur"], "ok"),
+        ('<think></think>Here you are: {"concepts": ["red {fur}"]} Anything else?', ["red {fur}"], "ok"),
+        ('{"concepts":["red {fur}","bl', ["red {fur}"], "truncated"),
         ('{"concepts":["red fur","bl', ["red fur"], "truncated"),
         ('{"concepts":["red fur","bl\\', ["red fur"], "truncated"),
         ('{"concepts":["red fur", ', ["red fur"], "truncated"),
@@ -257,6 +260,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 
     said: dict = {}  # noqa: RUF012
     other = '{"concepts":["fine"]}'
+    forbidden: tuple[str, ...] = ()
     refusals: count
     seen: list = []  # noqa: RUF012
 
@@ -265,6 +269,9 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         self.seen.append((self.headers["Authorization"], asked))
         refuse = next(self.refusals) < 2
         subject = asked["messages"][0]["content"].rsplit("Subject: ", 1)[-1]
+        if subject in self.forbidden and not refuse:
+            self.send_error(400, "not allowed")
+            return
         message = {"role": "assistant", "content": self.said.get(subject, self.other)}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"} | {
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
@@ -322,6 +329,23 @@ def test_hostile_answers_of_a_server_that_refuses_at_first(tmp_path, monkeypatch
     assert (asked["model"], asked["temperature"], asked["max_completion_tokens"]) == ("m", 0.2, 1024)
     assert len(handler.seen) == len(HOSTILE) + 2, "two were refused and asked again"
     assert len({row[1]["seed"] for row in handler.seen}) == len(HOSTILE)
+
+
+def test_a_prompt_that_a_server_refuses_costs_no_other(tmp_path, scripted):
+    handler, url = scripted
+    todo = work(tmp_path, LlmSettings("openai", "m", url=url, shard_size=3, max_total_tokens=10**6))
+    todo.job.prompts = class_prompts(WORDING, ["parts"], ["gun", "hen", "cock"])
+    handler.forbidden = ("gun",)
+    worker = AnswersWorker(todo.job)
+    assert worker.run(0).skipped == {"malformed answer": 1}
+    rows = todo.folder.read("answers", 0).to_pylist()
+    assert [row["status"] for row in rows] == ["malformed", "ok", "ok"]
+    assert rows[0]["answer"].startswith("refused: Error code: 400")
+    asked, _ = most_tokens(todo.job.settings, todo.job.prompts[:1])
+    assert worker._used() == (asked + 14, 10)
+    handler.forbidden = ("gun", "hen", "cock")
+    with pytest.raises(ValueError, match=rf"^vocabulary.llm.url={url}: refused: Error code: 400"):
+        AnswersWorker(replace(todo.job, out=replace(todo.job.out, fingerprint="again"))).run(0)
 
 
 def test_a_ceiling_stops_the_stage_and_loses_nothing(tmp_path, scripted):

@@ -272,9 +272,12 @@ def test_clip_identity_follows_the_bytes(tiny, tmp_path):
         (("ViT-B-32", "mine"), "clip.pretrained=mine: unknown for ViT-B-32; allowed are a file, openai"),
         (("some/folder", None), "clip.name=some/folder: no such folder"),
         (("tests", None), "clip.name=tests: not an open_clip folder"),
+        (("{empty}", None), "clip.name=.*: no weights there, such as open_clip_model.safetensors"),
     ],
 )
-def test_unknown_clips_are_refused(settings, message):
+def test_unknown_clips_are_refused(tiny, tmp_path, settings, message):
+    (tmp_path / "open_clip_config.json").write_bytes((tiny / "open_clip_config.json").read_bytes())
+    settings = (settings[0].format(empty=tmp_path), settings[1])
     with pytest.raises(ValueError, match=message):
         check_clip(ClipSettings(*settings))
     with pytest.raises(ValueError, match=message.replace("clip.", "judge.", 1)):
