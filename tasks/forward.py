@@ -16,8 +16,9 @@ from PIL import Image
 
 from tasks.axes import first_tensor
 from tasks.clip import DTYPES
+from tasks.discovery import find_layers
 from tasks.images import ImageList
-from tasks.layers import Layer, LayersSettings, by_module, find_layers, hooked, readers
+from tasks.layers import Layer, LayersSettings, by_module, hooked, readers
 from tasks.pixels import Preprocess, to_device
 from tasks.target import TargetSettings, load_target
 

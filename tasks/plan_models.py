@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.axes import first_tensor
 from tasks.clip import ClipSettings, load_clip_model
+from tasks.discovery import find_layers
 from tasks.forward import worker_device
-from tasks.layers import Layer, LayersSettings, find_layers, hooked
+from tasks.layers import Layer, LayersSettings, hooked
 from tasks.target import TargetSettings, load_target
 
 Made = TypeVar("Made")

@@ -50,7 +50,7 @@ def recorded(model: nn.Module, modules: list[str]) -> Iterator[dict[str, list[Ca
     def end(module: nn.Module, given: tuple, output: Any) -> None:
         stack.pop()
         in_place = bool(given) and output is given[0]
-        stack[-1].append(Call(module, to_device(output), in_place))
+        stack[-1].append(Call(module, copied(output), in_place))
         if module in names:
             found[names[module]] = [call for calls in stack for call in calls]
 
@@ -83,18 +83,18 @@ def _answer(forward: Any, queue: deque[Call], *given: Any, **options: Any) -> An
     if not queue:
         return forward(*given, **options)
     call = queue.popleft()
-    output = given[0].copy_(call.output) if call.in_place else to_device(call.output)
+    output = given[0].copy_(call.output) if call.in_place else copied(call.output)
     return output if call.changed is None else call.changed
 
 
-def to_device(output: Any) -> Any:
+def copied(output: Any) -> Any:
     """A copy of every tensor in nested tuples, lists and dicts, with its strides, on which last bits may depend."""
     if isinstance(output, torch.Tensor):
         return output.clone()
     if isinstance(output, dict):
-        return type(output)({key: to_device(value) for key, value in output.items()})
+        return type(output)({key: copied(value) for key, value in output.items()})
     if isinstance(output, tuple | list):
-        items = [to_device(value) for value in output]
+        items = [copied(value) for value in output]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     return output
 
@@ -111,7 +111,7 @@ class Change:
 
     def __call__(self, output: Any, positions: str) -> Any:
         """A copy of the layer's output, changed at the chosen positions."""
-        output = to_device(output)
+        output = copied(output)
         places = self.layer.places(first_tensor(output), positions)
         values = torch.tensor(self.values, dtype=places.dtype, device=places.device)
         if self.reader is None:

@@ -21,8 +21,9 @@ from flows.sweep import Sweep
 from tasks.ablation import AblationJob, AblationSettings, AblationWorker, ablated_classes, mean_interval
 from tasks.causes import beside
 from tasks.classes import Classes, class_of_label
+from tasks.discovery import find_layers
 from tasks.forward import HookedTarget, TargetPass, describe
-from tasks.layers import LayersSettings, find_layers, hooked, unit_blocks
+from tasks.layers import LayersSettings, hooked, unit_blocks
 from tasks.pairs import PairsJob, PairsWorker, best_known, largest
 from tasks.pixels import Preprocess
 from tasks.probing import ProbingSettings

@@ -15,7 +15,8 @@ from flows.cli import run_flow
 from flows.config import CONF, compose, groups, multirun
 from flows.run import load_run
 from tasks.clip import JudgeSettings
-from tasks.layers import LayersSettings, find_layers
+from tasks.discovery import find_layers
+from tasks.layers import LayersSettings
 from tasks.store import StoreSettings
 from tasks.target import load_target
 from tasks.world.concepts import CONCEPTS

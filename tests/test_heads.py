@@ -10,9 +10,10 @@ import torch
 from torchvision import models
 
 from flows.config import compose
+from tasks.discovery import find_layers
 from tasks.forward import describe
 from tasks.heads import Heads, open_heads
-from tasks.layers import LayersSettings, find_layers, hooked, readers
+from tasks.layers import LayersSettings, hooked, readers
 from tasks.pixels import Preprocess
 from tasks.replay import Change, ablated, recorded
 from tasks.screen import first_order

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tasks.layers import LayersSettings, find_layers, hooked, unit_blocks
+from tasks.discovery import find_layers
+from tasks.layers import LayersSettings, hooked, unit_blocks
 from tasks.pixels import Preprocess
 from tasks.target import TargetSettings, load_target
 

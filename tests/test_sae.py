@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from flows.config import compose
 from flows.run import load_run
 from flows.sweep import Sweep
-from tasks.layers import LayersSettings, find_layers, hooked, readers
+from tasks.discovery import find_layers
+from tasks.layers import LayersSettings, hooked, readers
 from tasks.moments import BINS
 from tasks.patches import PatchesJob, PatchesSettings, PatchesWorker
 from tasks.pixels import Preprocess

@@ -13,7 +13,8 @@ from PIL import Image
 from flows.cli import run_flow
 from flows.config import WORLD, compose
 from flows.world import main as world
-from tasks.layers import LayersSettings, find_layers, hooked
+from tasks.discovery import find_layers
+from tasks.layers import LayersSettings, hooked
 from tasks.target import load_target
 from tasks.world.clip import CONFIG, average_precision, measure
 from tasks.world.concepts import CONCEPTS, FAMILY, SYNONYMS
