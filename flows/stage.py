@@ -97,14 +97,16 @@ class Host:
     One host serves stage after stage, so that Python's imports are paid once per process and not once per stage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own_process: bool) -> None:
         environment()  # on other nodes of a cluster the processes have no part in the driver's
+        self.own_process = own_process
 
     def prepare(self, worker: str, job: Any) -> None:
         """Take up another stage; the worker itself is made with its first part, so that its failure is a report too."""
         self.path, self.job, self.worker = worker, job, None
         gc.collect()
-        gc.freeze()  # libraries stay: to look at their objects again took 0.3 s a stage
+        if self.own_process:  # libraries stay: to look at their objects again takes 0.3 s a stage
+            gc.freeze()
         with suppress(AttributeError, OSError):  # glibc keeps gigabytes of freed tensors until it is asked for them
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # Linux: count the peak of memory anew
@@ -172,7 +174,7 @@ def summary(work: Work, reports: list[PartReport], wall: float) -> str:
 
 
 def _run_here(work: Work, parts: list[int], cluster: ClusterSettings) -> Iterator[PartReport]:
-    host = Host()
+    host = Host(own_process=False)
     host.prepare(work.worker, work.job)
     for part in parts:
         yield host.run(part)
@@ -255,7 +257,7 @@ def _hire(hired: dict[Any, Any], need: Resources, worker: str, job: Any) -> None
         actor = IDLE.pop()[1]
     else:
         options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory, "max_restarts": 0}
-        actor = cast(Any, ray.remote(Host).options(**options).remote())  # its types miss methods
+        actor = cast(Any, ray.remote(Host).options(**options).remote(own_process=True))  # its types miss methods
     hired[actor.prepare.remote(worker, job)] = actor
 
 

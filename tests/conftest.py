@@ -1,5 +1,6 @@
 """Fixtures that several test files use: an S3 server on this machine and a folder of generated photos."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from PIL import Image, ImageDraw
 BUCKET = "axonym-test"
 settings.register_profile("axonym", deadline=None)  # how long an example takes hangs on what else the machine does
 settings.load_profile("axonym")
+
+
+def pytest_collection_finish():
+    """Libraries stay: each stage of a sweep in this process would look at half a million of their objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
