@@ -93,7 +93,8 @@ def list_images(settings: ProbingSettings) -> tuple[list[dict], str]:
             "probing.uri is missing: give a folder of images, WebDataset tars or Parquet files (or a list)"
         )
     labels = _labels(settings)
-    rows, stamps = [], [labels]
+    rows: list[dict] = []
+    stamps: list[Any] = [labels]
     for uri, name in zip(settings.uris, _short_names(settings.uris), strict=True):
         fs, root, files = _files(uri, settings)
         for info in files:  # with its whole path, which is what the listing holds
@@ -146,7 +147,7 @@ def _files(uri: str, settings: ProbingSettings) -> tuple[fsspec.AbstractFileSyst
 def _find(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict]:
     """Every file below a folder by its path; on a disk also in folders that are links, which fsspec leaves out."""
     if not isinstance(fs, LocalFileSystem):
-        return fs.find(path, detail=True)
+        return cast(dict[str, dict], fs.find(path, detail=True))
     found, seen = [], set()
     for folder, _, names in os.walk(path, followlinks=True):
         place = os.path.realpath(folder)
