@@ -231,7 +231,10 @@ def test_dockerfile_copies_what_is_there_and_installs_by_hash():
     assert {p.partition(".")[0] for p in packages} | {"infra/requirements-gpu.txt", "pyproject.toml"} <= set(sources)
     assert sum("pip install" in line and "--require-hashes" in line for line in lines) == 1
     assert all("--no-deps" in line for line in lines if "pip install" in line)
-    assert [line for line in lines if line.startswith("USER")][-1] == "USER 1000:100"
+    (user,) = [number for number, line in enumerate(lines) if line == "USER 1000:100"]
+    assert [line for line in lines[user + 1 :] if line.startswith("USER")] == []
+    copies = [line for line in lines[user:] if line.startswith("COPY")]  # also the first: it makes the folder
+    assert [line for line in copies if not line.startswith("COPY --chown=1000:100 ")] == []
     locked = re.split(r"(?m)^(?=\S+==)", (INFRA / "requirements-gpu.txt").read_text())[1:]
     assert [text.split()[0] for text in locked if "--hash=sha256:" not in text] == []
 
