@@ -14,7 +14,6 @@ import re
 import secrets
 import shlex
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import tomllib
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -38,6 +38,7 @@ from flows.config import compose
 from flows.sweep import Sweep
 from tasks.store import SECRET, Store, StoreSettings
 from tests import samples
+from tests.local import free_port, serving, tree
 
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"
@@ -286,22 +287,39 @@ def submit():
     return module
 
 
-@pytest.mark.parametrize(("job", "run"), [("axonym-29700180", "2026-06-21-0300"), ("now", "now"), ("a-2", "a-2")])
+@pytest.mark.parametrize(
+    ("job", "run"),
+    [
+        ("axonym-29700180", "2026-06-21-0300"),
+        ("now-031500", "now-031500"),
+        ("sweep-20261129", "sweep-20261129"),  # a date is no number of minutes
+        ("axonym-2", "axonym-2"),
+    ],
+)
 def test_run_is_named_by_the_time_of_its_schedule(submit, job, run):
     assert submit.run_name(job) == run
+    assert found("kuberay/schedule.yaml", "CronJob")["metadata"]["name"] == "axonym"
     made = yaml.safe_load(submit.manifest(run))
     assert made["metadata"]["name"] == f"axonym-{run}"
     assert compose(shlex.split(made["spec"]["entrypoint"])[2:]).run == run
     assert made["spec"]["rayClusterSpec"] == found(MANIFESTS[1], "RayJob")["spec"]["rayClusterSpec"]
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here to make a certificate")
-@pytest.mark.parametrize(("ends", "code"), [("SUCCEEDED", 0), ("FAILED", 2)])
-def test_submit_creates_once_and_waits_for_the_end(submit, tmp_path, monkeypatch, ends, code):
-    """Against a server that speaks as much of Kubernetes' API as is needed: TLS, token, create, get, conflict."""
-    jobs, seen = {}, []
+@pytest.fixture
+def kubernetes(submit, tmp_path, monkeypatch):
+    """A server that speaks as much of Kubernetes' API as is needed: TLS, token, create, get, conflict.
+
+    `jobs`: by name the states that a RayJob shows one after the other, the last for ever; `states`: those of a new one;
+    `seen`: what was asked.
+    """
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here to make a certificate")
 
     class Api(http.server.BaseHTTPRequestHandler):
+        jobs: ClassVar[dict] = {}
+        states: ClassVar[list] = []
+        seen: ClassVar[list] = []
+
         def answer(self, status, body):
             self.send_response(status)
             self.end_headers()
@@ -310,20 +328,19 @@ def test_submit_creates_once_and_waits_for_the_end(submit, tmp_path, monkeypatch
         def do_POST(self):
             job = yaml.safe_load(self.rfile.read(int(self.headers["Content-Length"])))
             name = job["metadata"]["name"]
-            seen.append(("create", self.path, self.headers["Authorization"], self.headers["Content-Type"]))
-            jobs.setdefault(name, [{}, {"jobDeploymentStatus": "Running"}])
-            if len([s for s in seen if s[0] == "create"]) > 1:
+            self.seen.append(("create", self.path, self.headers["Authorization"], self.headers["Content-Type"]))
+            if name in self.jobs:
                 return self.answer(409, {"reason": "AlreadyExists"})
+            self.jobs[name] = self.states[:]
             return self.answer(201, job)
 
         def do_GET(self):
             folder, _, name = self.path.rpartition("/")
-            seen.append(("get", folder, self.headers["Authorization"]))
-            if len(seen) == 3:
+            self.seen.append(("get", folder, self.headers["Authorization"]))
+            if len(self.seen) == 3:
                 return self.answer(503, {})
-            states = jobs[name]
-            last = {"jobDeploymentStatus": "Complete" if code == 0 else "Failed", "jobStatus": ends}
-            return self.answer(200, {"status": states.pop(0) if states else last})
+            states = self.jobs[name]
+            return self.answer(200, {"status": states.pop(0) if len(states) > 1 else states[0]})
 
         def log_message(self, *args):
             pass
@@ -334,26 +351,49 @@ def test_submit_creates_once_and_waits_for_the_end(submit, tmp_path, monkeypatch
     subprocess.run(made, check=True, capture_output=True)
     (tmp_path / "namespace").write_text("axonym")
     (tmp_path / "token").write_text("pod")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(Api, context) as port:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(port))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(submit, "ACCOUNT", tmp_path)
+        monkeypatch.setattr(submit, "PAUSE", 0.01)
+        yield Api
+
+
+RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
+ENDS = {
+    "SUCCEEDED": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"},
+    "FAILED": {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"},
+}
+
+
+@pytest.mark.parametrize(("ends", "code"), [("SUCCEEDED", 0), ("FAILED", 2)])
+def test_submit_creates_once_and_waits_for_the_end(submit, kubernetes, monkeypatch, ends, code):
     monkeypatch.setenv("JOB", "axonym-29700180")
-    monkeypatch.setattr(submit, "ACCOUNT", tmp_path)
-    monkeypatch.setattr(submit, "PAUSE", 0.01)
+    kubernetes.states = [{}, RUNNING, ENDS[ends]]
     assert submit.main() == code
     assert submit.main() == code  # another try of the same Job
-    server.shutdown()
-    server.server_close()
-    assert list(jobs) == ["axonym-2026-06-21-0300"]
-    path = "/apis/ray.io/v1/namespaces/axonym/rayjobs"
+    assert list(kubernetes.jobs) == ["axonym-2026-06-21-0300"]
+    path, seen = "/apis/ray.io/v1/namespaces/axonym/rayjobs", kubernetes.seen
     assert seen[0] == ("create", path, "Bearer pod", "application/yaml")
     assert {s[1:3] for s in seen} == {(path, "Bearer pod")}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_submit_by_hand_says_that_the_sweep_of_that_name_has_ended(submit, kubernetes, monkeypatch, capsys, ends):
+    """Nothing would be computed; a sweep of that name that still runs is waited for."""
+    monkeypatch.setenv("JOB", "now")
+    kubernetes.jobs = {"axonym-now": [ENDS[ends]]}
+    assert submit.main() == 2
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("nothing was run: ")
+    assert line.endswith("kubectl -n axonym delete rayjob axonym-now")
+    kubernetes.jobs = {"axonym-now": [RUNNING, RUNNING, ENDS[ends]]}
+    assert submit.main() == (0 if ends == "SUCCEEDED" else 2)
+    assert "nothing was run" not in capsys.readouterr().out
 
 
 class Network:
@@ -483,19 +523,6 @@ class Job:
         self.thread.join()
         assert code == 0, self.output
         return self.output
-
-
-def tree(pid):
-    """A process and all that it has started; nothing where it has ended."""
-    with suppress(psutil.NoSuchProcess):
-        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return []
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def until(true, state):
