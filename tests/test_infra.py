@@ -21,12 +21,12 @@ import tempfile
 import threading
 import time
 import tomllib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import jsonschema
 import psutil
@@ -45,6 +45,7 @@ INFRA = ROOT / "infra"
 MANIFESTS = ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/schedule.yaml")
 SCRIPTS = [*INFRA.rglob("*.sbatch"), ROOT / ".ci/run"]
 CRDS = Path(os.environ.get("AXONYM_CRDS", samples.DATA / "kuberay"))
+DIRECT = build_opener(ProxyHandler({}))
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -400,16 +401,25 @@ class Network:
     """Where nodes live: each behind a cable of its own to a bridge, which leads nowhere else; or all on loopback."""
 
     def __init__(self):
-        self.name, self.subnet, self.nodes = f"ax{os.getpid()}", f"10.213.{os.getpid() % 250}", 0
-        self.apart = (
-            shutil.which("ip") is not None
-            and self.ip("link", "add", self.name, "type", "bridge")
-            and self.ip("addr", "add", f"{self.subnet}.1/24", "dev", self.name)
-            and self.ip("link", "set", self.name, "up")
-        )
+        self.name = f"ax{secrets.token_hex(3)}"  # not of the process: others of that number may have left theirs
+        self.subnet, self.nodes = f"10.{200 + secrets.randbelow(56)}.{secrets.randbelow(256)}", 0
+        self.apart = shutil.which("ip") is not None and os.geteuid() == 0 and self.ip("netns", "add", self.name) == ""
+
+    def lay(self):
+        if self.apart:
+            self.must("link", "add", self.name, "type", "bridge")
+            self.must("addr", "add", f"{self.subnet}.1/24", "dev", self.name)
+            self.must("link", "set", self.name, "up")
 
     def ip(self, *words):
-        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+        """What `ip` says where it fails."""
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        return done.stderr or f"status {done.returncode}" if done.returncode else ""
+
+    def must(self, *words):
+        reason = self.ip(*words)
+        if reason:
+            pytest.fail(f"network namespaces may be made here, but not this: ip {' '.join(words)}: {reason}")
 
     def join(self):
         """How to start a command on a new node, and the node's address."""
@@ -421,17 +431,19 @@ class Network:
             f"{self.name}v{self.nodes}",
             f"{self.subnet}.{self.nodes + 1}",
         )
-        assert self.ip("netns", "add", space)
-        assert self.ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
-        assert self.ip("link", "set", cable, "master", self.name, "up")
-        assert self.ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
-        assert all(self.ip("-n", space, "link", "set", device, "up") for device in ("eth0", "lo"))
+        self.must("netns", "add", space)
+        self.must("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+        self.must("link", "set", cable, "master", self.name, "up")
+        self.must("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            self.must("-n", space, "link", "set", device, "up")
         return ["ip", "netns", "exec", space], address
 
     def close(self):
-        for number in range(self.nodes):
-            self.ip("netns", "del", f"{self.name}-{number + 1}")
-        self.ip("link", "del", self.name)
+        if self.apart:
+            for space in (self.name, *(f"{self.name}-{number + 1}" for number in range(self.nodes))):
+                self.ip("netns", "del", space)
+            self.ip("link", "del", self.name)
 
 
 class Cluster:
@@ -459,31 +471,67 @@ class Cluster:
             self.environment.pop(name, None)  # the last two axonym sets on every node itself
         self.started, self.nodes = [], []
         head = ["--head", f"--port={self.gcs}", f"--dashboard-host={self.home}", f"--dashboard-port={self.dashboard}"]
-        self.start(self.inside, self.address, *head, "--num-cpus=0")
+        self.start([(self.inside, self.address)], *head, "--num-cpus=0")
 
     def ray(self, *words):
         return [sys.executable, "-m", "ray.scripts.scripts", *words]
 
-    def start(self, inside, address, *options):
-        log = self.temp / f"{free_port()}.log"
-        where = [f"--node-ip-address={address}", f"--temp-dir={self.temp}", "--dashboard-agent-listen-port=0"]
-        sizes = ["--num-gpus=0", "--object-store-memory=80000000"]
-        with log.open("wb") as out:
-            command = [*inside, *self.ray("start", "--block", *where, *sizes, *options)]
-            node = subprocess.Popen(command, cwd="/", env=self.environment, stdout=out, stderr=out)
-        self.started.append(node)
-        until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, log.read_text)
-        assert node.poll() is None, log.read_text()
-        return node
+    def start(self, places, *options):
+        """Start a node in each place, all at once."""
+        nodes = {}
+        for inside, address in places:
+            folder = self.temp / str(len(self.started))  # in one folder two that start at once take the same sockets
+            log = folder.with_suffix(".log")
+            where = [f"--node-ip-address={address}", f"--temp-dir={folder}", "--dashboard-agent-listen-port=0"]
+            sizes = ["--num-gpus=0", "--object-store-memory=80000000"]
+            with log.open("wb") as out:
+                command = [*inside, *self.ray("start", "--block", *where, *sizes, *options)]
+                node = subprocess.Popen(command, cwd="/", env=self.environment, stdout=out, stderr=out)
+            self.started.append(node)
+            nodes[node] = log
+
+        def said():
+            return "\n".join(log.read_text() for log in nodes.values())
+
+        until(lambda: all("Ray runtime started" in log.read_text() or node.poll() for node, log in nodes.items()), said)
+        assert [node.poll() for node in nodes] == [None] * len(nodes), said()
+        return list(nodes)
 
     def grow(self, count):
-        while len(self.nodes) < count:
-            self.nodes.append(self.start(*self.network.join(), f"--address={self.address}:{self.gcs}", "--num-cpus=1"))
+        places = [self.network.join() for _ in range(count - len(self.nodes))]
+        self.nodes += self.start(places, f"--address={self.address}:{self.gcs}", "--num-cpus=1")
+
+    def shrink(self):
+        """Leave the head alone."""
+        while self.nodes:
+            self.lose_one()
 
     def lose_one(self):
-        """Kill a node's raylet, as the kernel would."""
-        (raylet,) = [p for p in psutil.Process(self.nodes.pop().pid).children(recursive=True) if p.name() == "raylet"]
+        """Kill a node's raylet, as the kernel would, and wait until the cluster knows."""
+        before = self.states().count("DEAD")
+        (raylet,) = [p for p in tree(self.nodes.pop().pid) if p.name() == "raylet"]
         raylet.kill()
+        until(lambda: self.states().count("DEAD") > before, self.states)
+
+    def states(self):
+        """What the cluster knows of each node that it ever had: ALIVE or DEAD."""
+        request = Request(f"http://{self.home}:{self.dashboard}/api/v0/nodes")
+        request.add_header("Authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
+        with DIRECT.open(request, timeout=30) as answer:
+            return [node["state"] for node in json.load(answer)["data"]["result"]["result"]]
+
+    @contextmanager
+    def standing(self):
+        """The driver of a sweep stands still meanwhile."""
+        drivers = [p for p in tree(self.started[0].pid) if {"flows.cli", "sweep"} <= set(p.cmdline())]
+        assert drivers, "the sweep has ended before"
+        for driver in drivers:
+            driver.suspend()
+        try:
+            yield
+        finally:
+            for driver in drivers:
+                driver.resume()
 
     def submit(self, *overrides):
         """A sweep handed to the job server."""
@@ -525,13 +573,13 @@ class Job:
         return self.output
 
 
-def until(true, state):
+def until(true, state, pause=0.5):
     """Wait for it; what `state` says is what was there instead."""
     end = time.monotonic() + 100
     while not true():
         if time.monotonic() > end:
             pytest.fail(f"waited too long: {state()}")
-        time.sleep(0.5)
+        time.sleep(pause)
 
 
 @pytest.fixture(scope="module")
@@ -539,6 +587,7 @@ def cluster(s3):
     network, made = Network(), None
     server = ThreadedMotoServer(f"{network.subnet}.1", port=0, verbose=False) if network.apart else None
     try:
+        network.lay()
         if server:  # the same buckets, where the nodes can reach them
             server.start()
         host, port = server.get_host_and_port() if server else (None, None)
@@ -580,11 +629,13 @@ def tables(root):
 
 def test_job_server_refuses_who_has_no_token(cluster):
     with pytest.raises(HTTPError, match="401"):
-        urlopen(f"http://{cluster.home}:{cluster.dashboard}/api/jobs/", timeout=30)
+        DIRECT.open(f"http://{cluster.home}:{cluster.dashboard}/api/jobs/", timeout=30)
 
 
+@pytest.mark.timeout(900)
 def test_two_sweeps_at_once_wait_for_nodes_and_give_the_same_tables(cluster, drawn, reference, s3):
     """The same run twice, to a head that has no nodes yet, as where a cluster grows; then a node for each."""
+    cluster.shrink()
     root = f"{s3}/grown"
     more = ["store=s3", f"store.root={root}", "cluster.wait=100", "cluster.default.workers=1"]
     jobs = [cluster.submit(*drawn, *more) for _ in range(2)]
@@ -596,14 +647,15 @@ def test_two_sweeps_at_once_wait_for_nodes_and_give_the_same_tables(cluster, dra
     assert tables(root) == reference
 
 
+@pytest.mark.timeout(900)
 def test_sweep_survives_a_node_and_is_not_done_twice(cluster, drawn, reference, s3):
     root = f"{s3}/lost"
     more = ["store=s3", f"store.root={root}", "cluster.default.workers=2"]
     cluster.grow(2)
     job = cluster.submit(*drawn, *more)
-    until(lambda: any("candidates" in name for name in objects(root)) or not job.running(), lambda: job.output)
-    assert job.running()
-    cluster.lose_one()
+    until(lambda: any("candidates" in name for name in objects(root)) or not job.running(), lambda: job.output, 0.05)
+    with cluster.standing():  # else it might have ended before the node is known to be dead
+        cluster.lose_one()
     assert "a worker died" in job.finish()
     assert tables(root) == reference
     before = objects(root)
