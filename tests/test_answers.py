@@ -308,11 +308,15 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     other = '{"concepts":["fine"]}'
     refusals: count
     seen: list = []  # noqa: RUF012
+    meanwhile: list = []  # noqa: RUF012
+    """What happens, once each, before a question is answered."""
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append((self.headers["Authorization"], asked))
         refuse = next(self.refusals) < 2
+        if self.meanwhile:
+            self.meanwhile.pop()()
         subject = asked["messages"][0]["content"].rsplit("Subject: ", 1)[-1]
         message = {"role": "assistant", "content": self.said.get(subject, self.other)}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"} | {
@@ -333,7 +337,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def scripted_server():
     """The handler's class, whose answers can be set and which remembers what it saw, and the server's address."""
-    handler = type("Handler", (Scripted,), {"seen": [], "refusals": count()})
+    handler = type("Handler", (Scripted,), {"seen": [], "meanwhile": [], "refusals": count()})
     with serving(handler) as port:
         yield handler, f"http://127.0.0.1:{port}/v1"
 
@@ -368,6 +372,24 @@ def test_hostile_answers_of_a_server_that_refuses_at_first(tmp_path, monkeypatch
     assert (asked["model"], asked["temperature"], asked["max_completion_tokens"]) == ("m", 0.2, 1024)
     assert len(handler.seen) == len(HOSTILE) + 2, "two were refused and asked again"
     assert len({row[1]["seed"] for row in handler.seen}) == len(HOSTILE)
+
+
+def test_of_two_that_ask_at_once_the_first_answers_stay(tmp_path, scripted):
+    """For phrases may have been made from them; a model says something else each time."""
+    handler, url = scripted
+    todo = work(tmp_path, LlmSettings("openai", "m", url=url, shard_size=100))
+
+    def other_run():
+        handler.other = '{"concepts":["first"]}'
+        AnswersWorker(todo.job).run(0)
+        handler.other = '{"concepts":["sec'
+
+    handler.meanwhile.append(other_run)
+    report = AnswersWorker(todo.job).run(0)
+    rows = todo.folder.read("answers", 0).to_pylist()
+    assert len(handler.seen) == 2 * len(PROMPTS) + 2, "both asked for all"
+    assert {row["answer"] for row in rows} == {'{"concepts":["first"]}'}
+    assert (report.rows, report.skipped) == ({"answers": len(PROMPTS), "tokens": 5 * len(PROMPTS)}, {})
 
 
 def test_a_ceiling_stops_the_stage_and_loses_nothing(tmp_path, scripted):
