@@ -448,13 +448,13 @@ def vllm(model: str) -> LlmSettings:
 def run_engine(*runs: str) -> int:
     done = subprocess.run(
         [sys.executable, "-c", RUN, *runs],
-        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode in (0, 9), done.stderr[-3000:]
     return done.returncode
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1100)
 def test_a_real_engine_that_dies_asks_nothing_twice(tmp_path):
     shutil.copytree(LLM, tmp_path / "chatty")
     (tmp_path / "chatty" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
