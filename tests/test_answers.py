@@ -6,13 +6,12 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -29,12 +28,62 @@ from tasks.llm import LlmSettings, answer_schema, check_budget, check_llm, llm_i
 from tasks.prompting import ASPECTS, LEVELS, Wording, class_prompts, cluster_prompts, level_prompts
 from tasks.store import Folder, StoreSettings
 from tasks.words import Raw
+from tests.local import free_port, serving
 from tests.test_phrases import phrases
 
 ROOT = Path(__file__).parents[1]
 LLM = WORLD / "llm"
 WORDING = Wording("everyday photographs", 6, 20)
 PROMPTS = [*level_prompts(WORDING, ["colour", "part"]), *class_prompts(WORDING, ["features"], ["red", "circle", "sea"])]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    # One unpinned thread: pinned ones wait for each other in a loop where other processes use the cores.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real_server(request, tmp_path_factory):
+    """vLLM's own server on loopback, which wants a key, and its address. It takes a minute to start, while the other
+    tests run: its own is the last."""
+    if all(item.function is not test_a_real_server for item in request.session.items):
+        yield None
+        return
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    (folder / "template.jinja").write_text(TEMPLATE)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(LLM), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--served-model-name", "world"]
+    command += ["--chat-template", str(folder / "template.jinja"), "--no-enable-chunked-prefill"]
+    environment = os.environ | ENVIRONMENT | {"VLLM_API_KEY": "a-key", "VLLM_NO_USAGE_STATS": "1"}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield Server(server, f"http://127.0.0.1:{port}", folder / "log")
+    finally:
+        with suppress(ProcessLookupError):  # its test has killed it
+            os.killpg(server.pid, 9)
+        server.wait()
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    def wait(self) -> None:
+        end = time.monotonic() + 240
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=1).ok:
+                    return
+            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
 
 # Prompts
 
@@ -239,7 +288,7 @@ def work(folder: Path, settings: LlmSettings, worker: str = "tasks.answers:Answe
     )
 
 
-# Servers: hostile ones, and a real engine behind one
+# Hostile servers
 
 HERE = ClusterSettings(ray=False)
 HOSTILE = {
@@ -263,11 +312,15 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     forbidden: tuple[str, ...] = ()
     refusals: count
     seen: list = []  # noqa: RUF012
+    meanwhile: list = []  # noqa: RUF012
+    """What happens, once each, before a question is answered."""
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append((self.headers["Authorization"], asked))
         refuse = next(self.refusals) < 2
+        if self.meanwhile:
+            self.meanwhile.pop()()
         subject = asked["messages"][0]["content"].rsplit("Subject: ", 1)[-1]
         if subject in self.forbidden and not refuse:
             self.send_error(400, "not allowed")
@@ -291,12 +344,9 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def scripted_server():
     """The handler's class, whose answers can be set and which remembers what it saw, and the server's address."""
-    handler = type("Handler", (Scripted,), {"seen": [], "refusals": count()})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield handler, f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    handler = type("Handler", (Scripted,), {"seen": [], "meanwhile": [], "refusals": count()})
+    with serving(handler) as port:
+        yield handler, f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.fixture
@@ -348,6 +398,24 @@ def test_a_prompt_that_a_server_refuses_costs_no_other(tmp_path, scripted):
         AnswersWorker(replace(todo.job, out=replace(todo.job.out, fingerprint="again"))).run(0)
 
 
+def test_of_two_that_ask_at_once_the_first_answers_stay(tmp_path, scripted):
+    """For phrases may have been made from them; a model says something else each time."""
+    handler, url = scripted
+    todo = work(tmp_path, LlmSettings("openai", "m", url=url, shard_size=100))
+
+    def other_run():
+        handler.other = '{"concepts":["first"]}'
+        AnswersWorker(todo.job).run(0)
+        handler.other = '{"concepts":["sec'
+
+    handler.meanwhile.append(other_run)
+    report = AnswersWorker(todo.job).run(0)
+    rows = todo.folder.read("answers", 0).to_pylist()
+    assert len(handler.seen) == 2 * len(PROMPTS) + 2, "both asked for all"
+    assert {row["answer"] for row in rows} == {'{"concepts":["first"]}'}
+    assert (report.rows, report.skipped) == ({"answers": len(PROMPTS), "tokens": 5 * len(PROMPTS)}, {})
+
+
 def test_a_ceiling_stops_the_stage_and_loses_nothing(tmp_path, scripted):
     handler, url = scripted
     most = sum(most_tokens(LlmSettings(max_tokens=50), PROMPTS[2:4]))
@@ -363,56 +431,7 @@ def test_a_ceiling_stops_the_stage_and_loses_nothing(tmp_path, scripted):
     assert len(handler.seen) - 2 == len(PROMPTS), "nothing was asked twice"
 
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    # One unpinned thread: pinned ones wait for each other in a loop where other processes use the cores.
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-
-
-def test_a_real_server(tmp_path, monkeypatch):
-    """vLLM's own server on loopback, which wants a key; killed and asked again."""
-    (tmp_path / "template.jinja").write_text(TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(LLM), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--served-model-name", "world"]
-    command += ["--chat-template", str(tmp_path / "template.jinja"), "--no-enable-chunked-prefill"]
-    environment = os.environ | ENVIRONMENT | {"VLLM_API_KEY": "a-key", "VLLM_NO_USAGE_STATS": "1"}
-    settings = LlmSettings(
-        "openai", "world", url=f"http://127.0.0.1:{port}/v1", shard_size=3, max_tokens=256, retries=0
-    )
-    monkeypatch.setenv("OPENAI_API_KEY", "another-key")
-    log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
-        with pytest.raises(StageFailed, match="AuthenticationError"):
-            run_stage(work(tmp_path, settings), HERE)
-        monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-        assert run_stage(work(tmp_path, settings), HERE)
-    finally:
-        os.killpg(server.pid, 9)
-        server.wait()
-    check_answers(work(tmp_path, settings).folder)
-    with pytest.raises(StageFailed, match="APIConnectionError"):
-        run_stage(work(tmp_path / "later", settings), HERE)
-    assert not run_stage(work(tmp_path, settings), HERE), "no server is needed for what has been asked"
-
-
-def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(240):
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            if requests.get(url, timeout=1).ok:
-                return
-        except requests.RequestException:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])
+# A real engine in process
 
 
 def check_answers(out: Folder) -> None:
@@ -422,9 +441,6 @@ def check_answers(out: Folder) -> None:
     assert {row["status"] for row in rows} <= {"ok", "truncated"}
     assert all(0 < row["tokens"] <= 256 and 100 < row["input_tokens"] < 400 for row in rows)
     assert all(row["answer"].startswith('{"concepts":["') and parse_answer(row["answer"])[0] for row in rows)
-
-
-# A real engine in process
 
 
 class DyingWorker(AnswersWorker):
@@ -456,27 +472,32 @@ def vllm(model: str) -> LlmSettings:
 def run_engine(*runs: str) -> int:
     done = subprocess.run(
         [sys.executable, "-c", RUN, *runs],
-        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode in (0, 9), done.stderr[-3000:]
     return done.returncode
 
 
+@pytest.mark.timeout(1100)
 def test_a_real_engine_that_dies_asks_nothing_twice(tmp_path):
     shutil.copytree(LLM, tmp_path / "chatty")
     (tmp_path / "chatty" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     real, dying = "tasks.answers:AnswersWorker", "tests.test_answers:DyingWorker"
     runs = [f"{tmp_path / 'a'}|{LLM}|{real}", f"{tmp_path / 'chat'}|{tmp_path / 'chatty'}|{real}"]
-    assert run_engine(*runs, f"{tmp_path / 'b'}|{LLM}|{dying}") == 9
-    whole, again, chat = (work(tmp_path / name, vllm(str(LLM))).folder for name in ("a", "b", "chat"))
-    assert (whole.done(), again.done()) == ({0, 1}, {0})
-    (first,) = (tmp_path / "b").rglob("part-00000.parquet")
-    before = first.stat().st_mtime_ns
-    assert run_engine(f"{tmp_path / 'b'}|{LLM}|{real}") == 0
-    assert first.stat().st_mtime_ns == before
+    with ThreadPoolExecutor() as beside:
+        undisturbed = beside.submit(run_engine, *runs)
+        assert run_engine(f"{tmp_path / 'b'}|{LLM}|{dying}") == 9
+        whole, again, chat = (work(tmp_path / name, vllm(str(LLM))).folder for name in ("a", "b", "chat"))
+        assert again.done() == {0}
+        (first,) = (tmp_path / "b").rglob("part-00000.parquet")
+        before = first.stat().st_mtime_ns
+        assert run_engine(f"{tmp_path / 'b'}|{LLM}|{real}") == 0
+        assert first.stat().st_mtime_ns == before
+        assert undisturbed.result() == 0
     for folder in (whole, chat):
         check_answers(folder)
     files = [sorted((tmp_path / name).rglob("*.parquet")) for name in ("a", "b")]
+    assert len(files[0]) == 2
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
 
 
@@ -485,3 +506,24 @@ def test_importing_the_stages_loads_no_heavy_library():
     code = f"import sys, tasks.answers, tasks.phrases; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# A real engine behind a server
+
+
+@pytest.mark.timeout(600)
+def test_a_real_server(tmp_path, monkeypatch, real_server):
+    """It wants a key; killed and asked again."""
+    settings = LlmSettings("openai", "world", url=f"{real_server.url}/v1", shard_size=3, max_tokens=256, retries=0)
+    monkeypatch.setenv("OPENAI_API_KEY", "another-key")
+    real_server.wait()
+    with pytest.raises(StageFailed, match="AuthenticationError"):
+        run_stage(work(tmp_path, settings), HERE)
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    assert run_stage(work(tmp_path, settings), HERE)
+    os.killpg(real_server.process.pid, 9)
+    real_server.process.wait()
+    check_answers(work(tmp_path, settings).folder)
+    with pytest.raises(StageFailed, match="APIConnectionError"):
+        run_stage(work(tmp_path / "later", settings), HERE)
+    assert not run_stage(work(tmp_path, settings), HERE), "no server is needed for what has been asked"

@@ -23,6 +23,7 @@ from tasks.store import Folder, StoreSettings
 from tasks.target import TargetSettings
 from tests import samples
 from tests.device import OnGpu, no_gpu, simulated
+from tests.local import running
 from tests.test_decoding import counted
 from tests.test_sae import random_sae
 
@@ -152,9 +153,9 @@ def test_processes_that_decode_end_with_their_ray_worker():
     found, pids = ray.get(actor.run.remote())
     assert found == [(number, 2) for number in range(5)]
     assert pids
-    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert all(running(pid) for pid in pids)
     ray.kill(actor)
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while any(running(pid) for pid in pids):
         assert time.monotonic() < deadline, "they outlive the worker"
         time.sleep(0.5)
