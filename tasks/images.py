@@ -155,10 +155,10 @@ class ImageList:
 
     @cached_property
     def sampled(self) -> np.ndarray:
-        """bool, a sixteenth of the images (at least one): their positions enter the position histograms."""
-        chosen = self.ok & (self._hash % 16 == 0)
-        if not chosen.any() and self.ok.any():
-            members = np.flatnonzero(self.ok)
+        """bool, a sixteenth of the explain images (at least one): their positions enter the position histograms."""
+        chosen = self.explain & (self._hash % 16 == 0)
+        if not chosen.any() and self.explain.any():
+            members = np.flatnonzero(self.explain)
             chosen[members[np.argmin(self._hash[members])]] = True
         return chosen
 

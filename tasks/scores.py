@@ -107,10 +107,11 @@ class ScoresWorker:
     def null(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation [L, C] of the similarity of a hash-fixed sample of crops of each level to each concept.
 
-        Level 0 is sampled from all readable images; a level without crops has mean 0 and deviation 1.
+        All are of explain images: at level 0 any of them whole, else crops of exemplars. A level without crops has mean
+        0 and deviation 1.
         """
         ids, vectors, levels = self.crops
-        known = np.flatnonzero(self.job.images.ok)
+        known = np.flatnonzero(self.job.images.explain)
         means, stds = [], []
         for level in range(int(levels.max(initial=0)) + 1):
             members = known * MAX_CROPS if level == 0 else ids[levels == level]

@@ -31,7 +31,7 @@ from tasks.columns import (
     UNIT,
 )  # fmt: skip
 
-VERSION = 7
+VERSION = 8
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
@@ -85,7 +85,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "low": (F32, "smallest activation at any position"),
         "prefix_maximum": (F32, "largest activation on a prefix token (CLS, registers); null without prefix tokens"),
         "histogram": (pa.list_(I64), "counts of pooled activations over tasks.moments.EDGES"),
-        "position_histogram": (pa.list_(I64), "counts of activations at single positions of the sampled images"),
+        "position_histogram": (
+            pa.list_(I64),
+            "counts of activations at single positions, a sixteenth of the explain images",
+        ),
         "explain_count": (I64, "images of the explain split in the sums that follow"),
         "sum": (F64, "sum of activations, explain split"),
         "sum_cubed": (F64, "sum of cubed activations, explain split"),

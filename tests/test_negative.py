@@ -190,6 +190,17 @@ def test_blocks_and_shards_change_nothing(reference, tmp_path):
         assert again[unit]["negative_confidence"] == pytest.approx(row["negative_confidence"], abs=1e-5)
 
 
+def test_scores_know_nothing_of_images_that_are_not_of_explain(reference, tmp_path, monkeypatch):
+    """Patches here are whole images, so what random crops are like is told by images too."""
+    _, _, images = reference
+    others = unit_norm(np.random.default_rng(6), N, WIDTH)
+    monkeypatch.setattr("tests.test_negative.IMAGES", np.where(images.explain[:, None], IMAGES, others))
+    named(tmp_path)
+    stores = (images.folder.settings, StoreSettings(str(tmp_path)))
+    expected, found = (Folder(store, "scores", "x", ("scores",)).read_all("scores") for store in stores)
+    assert found.equals(expected)
+
+
 def test_a_judge_measures_the_negative_side_too(reference, tmp_path):
     vectors = [unit_norm(np.random.default_rng(seed), n, 8) for seed, n in ((4, N), (5, len(WORDS)))]
     found, _, images = named(tmp_path, judge=vectors)

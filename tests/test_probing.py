@@ -745,8 +745,8 @@ def test_choices_are_fixed_by_content(n, seed, batches, batch_size, pooled_max):
         members = images.split == split
         assert images.stored[members].sum() == min(pooled_max, members.sum())
     assert not images.stored[~images.ok].any()
-    assert not images.sampled[~images.ok].any()
-    assert images.sampled.any() == images.ok.any()
+    assert not images.sampled[~images.explain].any()
+    assert images.sampled.any() == images.explain.any()
     others = image_list(n, seed, 0.1, shard_size=n, batch_size=1, pooled_max=pooled_max)
     for name in ("order", "stored", "sampled", "split"):
         assert np.array_equal(getattr(images, name), getattr(others, name)), name
@@ -776,8 +776,9 @@ def test_what_is_stored_follows_the_content_and_not_the_place():
 
 
 def test_a_sixteenth_is_sampled():
-    share = image_list(8000).sampled.mean()
-    assert abs(share - 1 / 16) < 4 * (1 / 16 * 15 / 16 / 8000) ** 0.5
+    images = image_list(8000)
+    share, count = images.sampled[images.explain].mean(), images.explain.sum()
+    assert abs(share - 1 / 16) < 4 * (1 / 16 * 15 / 16 / count) ** 0.5
 
 
 def test_batches_are_padded_and_hold_the_decoded_pixels(tmp_path, photos):
