@@ -22,6 +22,8 @@ from tasks.store import Folder, fingerprint, hash64
 
 fsspec.register_implementation("world", "tasks.world.files.WorldFileSystem")  # drawn scenes; imported when asked for
 SPLITS = ("explain", "select", "validate")
+ROWS = 65_536
+"""Vectors of images that are summed at once."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 
 
@@ -133,6 +135,18 @@ class ImageList:
     def explain(self) -> np.ndarray:
         """bool, readable images of the explain split."""
         return self.split == "explain"
+
+    def explain_slices(self) -> list[np.ndarray]:
+        """int64 [n], numbers of the explain images, ROWS at once: all vectors in float64 would be gigabytes."""
+        numbers = np.flatnonzero(self.explain)
+        return [numbers[start : start + ROWS] for start in range(0, len(numbers), ROWS)]
+
+    def mean_vector(self, images_ND: np.ndarray) -> np.ndarray:
+        """float64 [D], mean of the explain images' vectors; zero without any."""
+        total_D = np.zeros(images_ND.shape[1])
+        for rows in self.explain_slices():
+            total_D += images_ND[rows].sum(0, dtype=np.float64)
+        return total_D / max(self.explain.sum(), 1)
 
     @cached_property
     def order(self) -> np.ndarray:

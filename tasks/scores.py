@@ -38,8 +38,6 @@ first's lead. Of planted units with two meanings 53 of 60 show both so, and 4 % 
 (docs/design.md, section 9)."""
 CLUSTER = 0.2
 """Share of the patches below which they are no meaning of their own."""
-IMAGES = 65_536
-"""Images that go into the covariance at once."""
 SHARE_Z = 1.645
 """A patch matches a concept if its similarity is above the 95 % quantile of random crops, taken as normal."""
 
@@ -126,16 +124,16 @@ class ScoresWorker:
     @cached_property
     def mean_image_D(self) -> np.ndarray:
         """Mean vector of the explain images."""
-        return self.images_ND[self.job.images.explain].astype(np.float64).mean(0)
+        return self.job.images.mean_vector(self.images_ND)
 
     @cached_property
     def covariance_DD(self) -> torch.Tensor:
         """Of the vectors of the explain images."""
-        total, chosen = torch.zeros(len(self.mean_image_D), len(self.mean_image_D), dtype=torch.float64), 0
-        for rows in np.array_split(np.flatnonzero(self.job.images.explain), max(len(self.images_ND) // IMAGES, 1)):
+        total = torch.zeros(len(self.mean_image_D), len(self.mean_image_D), dtype=torch.float64)
+        for rows in self.job.images.explain_slices():
             centred = torch.from_numpy(self.images_ND[rows] - self.mean_image_D)
-            total, chosen = total + centred.T @ centred, chosen + len(rows)
-        return (total / max(chosen, 1)).float().to(self.device)
+            total += centred.T @ centred
+        return (total / max(self.job.images.explain.sum(), 1)).float().to(self.device)
 
     @cached_property
     def rectified(self) -> dict[str, bool]:

@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import tracemalloc
 import uuid
 from functools import partial
 from pathlib import Path
@@ -779,6 +780,21 @@ def test_a_sixteenth_is_sampled():
     images = image_list(8000)
     share, count = images.sampled[images.explain].mean(), images.explain.sum()
     assert abs(share - 1 / 16) < 4 * (1 / 16 * 15 / 16 / count) ** 0.5
+
+
+def test_the_mean_vector_is_summed_in_slices(monkeypatch):
+    """Never all in float64 at once, and the same as if they were."""
+    monkeypatch.setattr("tasks.images.ROWS", 256)
+    images = image_list(8000)
+    vectors = np.random.default_rng(0).normal(size=(8000, 16)).astype(np.float16)
+    expected, whole = vectors[images.explain].astype(np.float64).mean(0), vectors.size * 8
+    tracemalloc.start()
+    found = images.mean_vector(vectors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert peak < whole / 4
+    assert np.array_equal(np.concatenate(images.explain_slices()), np.flatnonzero(images.explain))
 
 
 def test_batches_are_padded_and_hold_the_decoded_pixels(tmp_path, photos):
