@@ -107,7 +107,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     },
     "exemplars": UNIT
     | TAIL
-    | {"rank": (I32, "0 is the strongest")}
+    | {"rank": (I32, "0 is the strongest; images that lie no higher (bottom: lower) than all do are none")}
     | IMAGE
     | IMAGE_ID
     | {
@@ -164,7 +164,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     | NEGATIVE,
     "explanations": UNIT
     | {
-        "phrase": (STR, "the best concept; null where a unit has no patches"),
+        "phrase": (STR, "the best concept; null where a unit has no exemplars"),
         "concepts": (pa.list_(STR), "the best concept, the one that adds to it if any, then the next best"),
         "weights": (pa.list_(F32), "their weights: lead over the median concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
@@ -236,7 +236,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
             "mean cosine of two images' centred CLIP vectors, weighted by the unit's activation (scaled to 0 to 1) on "
             "both; null where fewer than two images of the explain sample excite it",
         ),
-        "clarity": (F32, "the same, unweighted, of its exemplars that excite it; null where there are fewer than two"),
+        "clarity": (F32, "the same, unweighted, of its exemplars; null where there are fewer than two"),
         "redundancy": (F32, "largest cosine of the direction in which its images lie with that of another unit"),
         "alike": (I32, "that unit of the layer"),
     },

@@ -114,11 +114,14 @@ class ValidationWorker:
         concepts_UR = np.array([[self.row_of[c] for c in row] for row in names])
         rival, gain = self._rivals(concepts_UR, pooled_US)
         measured = self._measured(concepts_UR[:, 0], pooled_US)
+        nameless = explanations["phrase"].is_null().to_numpy()
+        for values in (gain, *measured.values()):
+            values[nameless] = np.nan
         columns = {
             "layer": [block.layer] * len(block),
             "unit": np.arange(block.start, block.stop),
             "images": [len(self.of["validate"])] * len(block),
-            "rival": [names[u, i] if i >= 0 else None for u, i in enumerate(rival)],
+            "rival": [names[u, i] if i >= 0 and not nameless[u] else None for u, i in enumerate(rival)],
             "rival_gain": _nullable(gain, pa.float32()),
             "p": _nullable(measured.pop("p"), pa.float64()),
         }

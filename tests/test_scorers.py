@@ -17,7 +17,7 @@ from tasks.evidence import Evidence, Sample
 from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.scorers import SCORERS, log_mean_exp, peak_or_whole, ranks, unexplained
+from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, peak_or_whole, ranks, share_asked, unexplained
 from tasks.scores import adding, meaning_shares, share
 from tasks.tables import make_table
 from tasks.validation import best_rival
@@ -233,6 +233,20 @@ def test_what_adds_comes_second(adds, expected):
     assert row["shares"] == [0.75, 0.25][: len(row["meanings"])]
     leads = np.array([max(score["abcdefg".index(c)] - 2, 0) for c in expected])
     np.testing.assert_allclose(row["weights"], leads / leads.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, s in SCORERS.items() if s.marginal])
+def test_images_of_one_kind_say_the_same_however_many_a_unit_has(name):
+    """Per image and beside the marginal: unit 0 has all of what it is asked for, unit 1 three, unit 2 none."""
+    found, chosen = evidence(0)[0], ScorerSettings(name, {"top_k": 5})
+    found.exemplars_UKD[:2] = found.exemplars_UKD[0, 0] * found.has_exemplar_UK[:2, :, None]
+    asked = share_asked(found, chosen)
+    assert asked[:, 0].tolist() == pytest.approx([1, 0.6, 0, 1, 1])
+    flat = {} if name == "wpmi" else {"a": 0.01}  # by its rank an image then weighs 3 % less at most
+    scores = SCORERS[name].score(found, **chosen.params, **flat)
+    torch.testing.assert_close(scores[1] / asked[1], scores[0], rtol=0.03, atol=0)
+    assert (scores[2] == 0).all()
+    assert share_asked(found, ScorerSettings("correlation")).tolist() == [[1]] * 5
 
 
 def test_marginal_of_parts_is_the_marginal_of_the_whole():
