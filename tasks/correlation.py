@@ -41,23 +41,25 @@ def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
         return np.where(norms > 0, product(a, s) / norms, np.nan).clip(-1, 1)
 
 
-def followed(a_UN: np.ndarray, images_ND: np.ndarray, concepts_URD: np.ndarray) -> np.ndarray:
-    """Pearson correlation float64 [U, R] of each row of a with the similarities x.c to its own few concepts c; NaN
-    where one is constant or N < 4.
+def followed(a_UN: np.ndarray, images_ND: np.ndarray, concepts_URD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pearson correlations float64 [U, R] of each row of a with the similarities x.c to its own few concepts c, and of
+    these with those to the first; NaN where one is constant or N < 4.
 
     Of no image the similarity is needed: the covariance of a with x.c is that with x, times c, and the variance of x.c
-    is c'Sc, with S the covariance of the images' vectors.
+    is c'Sc, with S the covariance of the images' vectors; the covariance of x.c with x.d is c'Sd.
     """
     units, few, width = concepts_URD.shape
     if len(images_ND) < 4:
-        return np.full((units, few), np.nan)
+        return np.full((units, few), np.nan), np.full((units, few), np.nan)
     x_ND, c_URD = images_ND.astype(np.float64), concepts_URD.astype(np.float64)
     x_ND -= x_ND.mean(0)
     along_UD = product(standardised(a_UN), x_ND)
     spread_URD = product(c_URD.reshape(-1, width), product(x_ND.T, x_ND)).reshape(units, few, width)
     variance_UR = np.einsum("urd,urd->ur", spread_URD, c_URD) / len(x_ND)
     deviation_UR = np.sqrt(np.where(variance_UR > CONSTANT, variance_UR, np.nan))
-    return (np.einsum("ud,urd->ur", along_UD, c_URD) / len(x_ND) / deviation_UR).clip(-1, 1)
+    r_UR = np.einsum("ud,urd->ur", along_UD, c_URD) / len(x_ND) / deviation_UR
+    with_first_UR = np.einsum("ud,urd->ur", spread_URD[:, 0], c_URD) / len(x_ND) / deviation_UR / deviation_UR[:, :1]
+    return r_UR.clip(-1, 1), with_first_UR.clip(-1, 1)
 
 
 def product(a_NK: np.ndarray, b_KM: np.ndarray) -> np.ndarray:

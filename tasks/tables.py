@@ -199,7 +199,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "iou": (F32, "the same: intersection over union"),
         "mad": (F32, "mean activation on the name's top images less that on the others, in the others' deviations"),
         "rival": (STR, "best other concept on the select split"),
-        "rival_gain": (F32, "how much better the rival correlates there, in standard errors"),
+        "rival_gain": (
+            F32,
+            "how much better the rival correlates there, in standard errors of the difference (Meng et al. 1992)",
+        ),
     }
     | NEGATIVE_CONFIDENCE,
     "chance": {

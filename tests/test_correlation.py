@@ -66,7 +66,7 @@ def test_followed_is_what_every_similarity_gives(count, seed):
     x, c = x.astype(np.float16).astype(np.float32), c.astype(np.float16).astype(np.float32)
     a = np.exp(rng.normal(size=(3, count))).astype(np.float32)
     a[2] = 0.1
-    found = followed(a, x, c)
+    found, with_first = followed(a, x, c)
     assert np.isnan(followed(a[:, :3], x[:3], c)).all()
     for unit in range(3):
         for concept in range(4):
@@ -75,6 +75,8 @@ def test_followed_is_what_every_similarity_gives(count, seed):
             else:
                 expected = np.corrcoef(a[unit], x.astype(float) @ c[unit, concept])[0, 1]
                 assert found[unit, concept] == pytest.approx(expected, abs=1e-9)
+                similarity = x.astype(float) @ c[unit, [0, concept]].T
+                assert with_first[unit, concept] == pytest.approx(np.corrcoef(similarity.T)[0, 1], abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", list(skewed()))
