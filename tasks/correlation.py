@@ -103,17 +103,25 @@ def permutation_p(a_UN: np.ndarray, s_UN: np.ndarray) -> np.ndarray:
     4 / ((N - 1) (N - 2)) times g_a g_s / N^2, together g_a g_s / ((N - 1) (N - 2)).
 
     The tail is that of the Pearson type III (shifted gamma) distribution with these moments (Mielke and Berry,
-    Permutation Methods, 2007; Winkler et al., NeuroImage 141, 2016). NaN where a row is constant or N < 4; 0 beyond the
-    end that the distribution has where the skewness is negative.
+    Permutation Methods, 2007; Winkler et al., NeuroImage 141, 2016). Where the skewness is negative that ends at
+    2 / -skewness, which the permutations do not: p is at least the normal tail there, and beyond that of r itself. Nor
+    is it below the share of permutations that move none but the m images on which the unit is lowest and so change
+    nothing, m! / N!: a unit that one image of 123 excites cannot have less than 1 / 123. NaN where a row is constant or
+    N < 4.
     """
-    from scipy.stats import pearson3
+    from scipy.special import gammaln
+    from scipy.stats import norm, pearson3
 
     count = a_UN.shape[1]
     if count < 4:
         return np.full(len(a_UN), np.nan)
     a, s = standardised(a_UN), standardised(s_UN)
     skewness = (a * a * a).mean(1) * (s * s * s).mean(1) * np.sqrt(count - 1) / (count - 2)
-    return pearson3.sf((a * s).mean(1) * np.sqrt(count - 1), skewness)
+    z = (a * s).mean(1) * np.sqrt(count - 1)
+    end = 2 / np.where(skewness < 0, -skewness, np.finfo(float).tiny)
+    lowest = (a_UN == a_UN.min(1, keepdims=True)).sum(1)
+    same = np.exp(gammaln(lowest + 1) - gammaln(count + 1))
+    return np.maximum(pearson3.sf(z, skewness), np.maximum(norm.sf(np.maximum(z, end)), same))
 
 
 def redrawn(count: int) -> np.ndarray:
