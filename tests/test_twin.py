@@ -185,6 +185,16 @@ def test_target_with_fixed_weights_is_refused_and_nothing_written(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_without_validate_images_nothing_is_known_of_chance(arguments, tmp_path):
+    split = ["probing.select=0.5", "probing.validate=0", "neurons.twin_nets=3"]
+    flow = Sweep(compose([*arguments, f"store.root={tmp_path}", *split]))
+    flow.run()
+    assert runs(tmp_path)[1].folder("chance").read_all("chance").num_rows == 0
+    found = flow.folder("neurons").read_all("neurons").to_pylist()
+    assert [neuron["bar"] for neuron in found] == pytest.approx([0.05] * len(found))
+    assert "explained" not in {neuron["status"] for neuron in found}
+
+
 def test_second_random_net_by_hand(arguments, reference):
     """Its weights are of the next seed, and every image is looked at once."""
     _, twin = runs(reference)
