@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from flows.config import compose
 from flows.show import plain
 from flows.sweep import Sweep
+from tasks.benchmark import LIVE
 from tasks.store import Store
 from tasks.world.judging import HEAD, Verdict, judge, scores
 
@@ -74,7 +75,7 @@ def _examples(verdicts: list[Verdict], redrawn: dict[tuple[str, int], float | No
     for v in sorted(picked.values(), key=verdicts.index)[: 2 * EXAMPLES]:
         t, n = v.truth, v.neuron
         auc = redrawn.get((t["layer"], t["unit"]))
-        said = n["phrase"] if n["status"] in ("explained", "ambiguous", "unexplained") else None
+        said = n["phrase"] if n["status"] in LIVE else None
         found = plain(f"{said or '-'} ({n['status']})")
         numbers = "" if n["confidence"] is None else f"confidence {n['confidence']:5.2f}"
         numbers += "" if n["probability"] is None else f"  probability {n['probability']:4.2f}"
@@ -86,9 +87,10 @@ def _examples(verdicts: list[Verdict], redrawn: dict[tuple[str, int], float | No
 
 
 def _explained(status: pa.ChunkedArray) -> str:
-    found = status.to_pylist()
-    share = found.count("explained") / len(found)
-    return f"{found.count('explained')} of {len(found)} units explained ({share:.1%})"
+    """Of the units that answer to images."""
+    found = [one for one in status.to_pylist() if one in LIVE]
+    explained = found.count("explained")
+    return f"{explained} of {len(found)} live units explained ({explained / max(len(found), 1):.1%})"
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ class EvidenceStages:
         folder = self.manifest.plan("exemplars", {"activations": self.hash("activations")}, parts)
         job = ExemplarsJob(folder, self.images, self.folder("activations"), self.blocks, self.config.activations.k)
         self._stage(job, self.num_units, "unit")
+        if not max(folder.read_all("unit_stats", columns=["count"])["count"].to_pylist()):
+            raise ValueError(
+                f"target.dtype={self.dtype}: no activation of any unit is finite on any image; "
+                "try target.dtype=float32, and look at the weights"
+            )
 
     def patches(self) -> None:
         config, parts = self.config, self.images.num_shards

@@ -99,7 +99,7 @@ class Sweep(CausesStages):
         if twin.target.digest == self.target.digest or twin.target.layers != self.target.layers:
             instead = "its weights or layers are fixed; make them random and give the trained ones as target.checkpoint"
             raise ValueError(f"neurons.twin=true: target.name={target.name}: {instead}")
-        twin.twin = twin  # its own bar: what of it is called explained is chance
+        twin.twin = twin  # a control: its bars come from other nets and from its other units (tasks.neurons)
         return twin
 
     def _against(self, path: str) -> "Sweep":

@@ -169,12 +169,14 @@ def _singles(rows: list[dict]) -> list[dict]:
 
 
 def _sets(rows: list[dict]) -> list[tuple[str, int, list[dict]]]:
-    """(role, number of units, their rows): the first 1, 2, 4, ... of what is switched off together, and all of it."""
+    """(role, number of units, their rows): the first 1, 2, 4, ... of what is switched off together, and all of it; of
+    controls those of these very units, where each has one: units of other layers would be no comparison."""
+    count = sum(row["role"] == "together" for row in rows)
     found = []
     for role in ("together", "together_control"):
-        units = [row for row in rows if row["role"] == role]
-        numbers = {2**power for power in range(len(units).bit_length())} | {len(units)} - {0}
-        found += [(role, n, units[:n]) for n in sorted(numbers) if n <= len(units)]
+        for n in sorted({2**power for power in range(count.bit_length())} | {count} - {0}):
+            units = [row for row in rows if row["role"] == role and row["rank"] < n]
+            found += [(role, n, units)] if len(units) == n else []
     return found
 
 

@@ -115,17 +115,18 @@ class BenchmarkWorker:
         if self.job.planted is not None:
             yield from planted(scorer, neurons, self.job.planted)
         if self.final:
-            yield from classes(scorer, parts["final layer"], self._class_concepts, self.vectors)
+            yield from classes(scorer, parts.get("final layer", []), self._class_concepts, self.vectors)
         for subject, members in parts.items():
             yield from held_out(scorer, subject, members)
             yield from collisions(scorer, subject, members)
         for control, folder in named.controls.items():
             status = folder.read_all("neurons", columns=["status"])["status"].to_pylist()
-            yield share("controls", scorer, control, "explained", status.count("explained"), len(status))
+            live = sum(one in LIVE for one in status)
+            yield share("controls", scorer, control, "explained", status.count("explained"), live)
         if named.halves:
             first, second = (self._parts(half.read_all("neurons").to_pylist()) for half in named.halves)
             for subject in first:
-                yield from agreement(scorer, subject, first[subject], second[subject], self.vectors)
+                yield from agreement(scorer, subject, first[subject], second.get(subject, []), self.vectors)
         if self.job.annotations:
             names = {(r["layer"], r["unit"]): self.vectors[r["phrase"]] for r in rows if r["phrase"] is not None}
             yield from described(scorer, self._descriptions, names)

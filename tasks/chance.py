@@ -15,7 +15,7 @@ from tasks.correlation import correlations, product
 from tasks.forward import HookedTarget, TargetPass
 from tasks.layers import Layer
 from tasks.store import Folder, PartReport
-from tasks.tables import make_table, matrix
+from tasks.tables import SCHEMAS, make_table, matrix
 
 UNITS = 512
 """Units of a layer that are looked at."""
@@ -52,7 +52,7 @@ class ChanceWorker:
         with report.phase("compute"):
             pooled = self._pooled(part)
             tables = [self._table(layer, pooled_UN) for layer, pooled_UN in pooled.items()]
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables([SCHEMAS["chance"].empty_table(), *tables])  # without validate images there is none
         with report.phase("write"):
             self.job.out.write(part, {"chance": table})
         report.rows = {"chance": table.num_rows}

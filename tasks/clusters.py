@@ -82,7 +82,7 @@ class ClustersWorker:
     @cached_property
     def mean_image_D(self) -> np.ndarray:
         """Mean vector of the explain images."""
-        return self.images_ND[self.job.images.explain].astype(np.float64).mean(0)
+        return self.job.images.mean_vector(self.images_ND)
 
     @cached_property
     def select(self) -> tuple[np.ndarray, np.ndarray]:

@@ -41,23 +41,25 @@ def correlations(a_UN: np.ndarray, s_NC: np.ndarray) -> np.ndarray:
         return np.where(norms > 0, product(a, s) / norms, np.nan).clip(-1, 1)
 
 
-def followed(a_UN: np.ndarray, images_ND: np.ndarray, concepts_URD: np.ndarray) -> np.ndarray:
-    """Pearson correlation float64 [U, R] of each row of a with the similarities x.c to its own few concepts c; NaN
-    where one is constant or N < 4.
+def followed(a_UN: np.ndarray, images_ND: np.ndarray, concepts_URD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pearson correlations float64 [U, R] of each row of a with the similarities x.c to its own few concepts c, and of
+    these with those to the first; NaN where one is constant or N < 4.
 
     Of no image the similarity is needed: the covariance of a with x.c is that with x, times c, and the variance of x.c
-    is c'Sc, with S the covariance of the images' vectors.
+    is c'Sc, with S the covariance of the images' vectors; the covariance of x.c with x.d is c'Sd.
     """
     units, few, width = concepts_URD.shape
     if len(images_ND) < 4:
-        return np.full((units, few), np.nan)
+        return np.full((units, few), np.nan), np.full((units, few), np.nan)
     x_ND, c_URD = images_ND.astype(np.float64), concepts_URD.astype(np.float64)
     x_ND -= x_ND.mean(0)
     along_UD = product(standardised(a_UN), x_ND)
     spread_URD = product(c_URD.reshape(-1, width), product(x_ND.T, x_ND)).reshape(units, few, width)
     variance_UR = np.einsum("urd,urd->ur", spread_URD, c_URD) / len(x_ND)
     deviation_UR = np.sqrt(np.where(variance_UR > CONSTANT, variance_UR, np.nan))
-    return (np.einsum("ud,urd->ur", along_UD, c_URD) / len(x_ND) / deviation_UR).clip(-1, 1)
+    r_UR = np.einsum("ud,urd->ur", along_UD, c_URD) / len(x_ND) / deviation_UR
+    with_first_UR = np.einsum("ud,urd->ur", spread_URD[:, 0], c_URD) / len(x_ND) / deviation_UR / deviation_UR[:, :1]
+    return r_UR.clip(-1, 1), with_first_UR.clip(-1, 1)
 
 
 def product(a_NK: np.ndarray, b_KM: np.ndarray) -> np.ndarray:
@@ -101,17 +103,25 @@ def permutation_p(a_UN: np.ndarray, s_UN: np.ndarray) -> np.ndarray:
     4 / ((N - 1) (N - 2)) times g_a g_s / N^2, together g_a g_s / ((N - 1) (N - 2)).
 
     The tail is that of the Pearson type III (shifted gamma) distribution with these moments (Mielke and Berry,
-    Permutation Methods, 2007; Winkler et al., NeuroImage 141, 2016). NaN where a row is constant or N < 4; 0 beyond the
-    end that the distribution has where the skewness is negative.
+    Permutation Methods, 2007; Winkler et al., NeuroImage 141, 2016). Where the skewness is negative that ends at
+    2 / -skewness, which the permutations do not: p is at least the normal tail there, and beyond that of r itself. Nor
+    is it below the share of permutations that move none but the m images on which the unit is lowest and so change
+    nothing, m! / N!: a unit that one image of 123 excites cannot have less than 1 / 123. NaN where a row is constant or
+    N < 4.
     """
-    from scipy.stats import pearson3
+    from scipy.special import gammaln
+    from scipy.stats import norm, pearson3
 
     count = a_UN.shape[1]
     if count < 4:
         return np.full(len(a_UN), np.nan)
     a, s = standardised(a_UN), standardised(s_UN)
     skewness = (a * a * a).mean(1) * (s * s * s).mean(1) * np.sqrt(count - 1) / (count - 2)
-    return pearson3.sf((a * s).mean(1) * np.sqrt(count - 1), skewness)
+    z = (a * s).mean(1) * np.sqrt(count - 1)
+    end = 2 / np.where(skewness < 0, -skewness, np.finfo(float).tiny)
+    lowest = (a_UN == a_UN.min(1, keepdims=True)).sum(1)
+    same = np.exp(gammaln(lowest + 1) - gammaln(count + 1))
+    return np.maximum(pearson3.sf(z, skewness), np.maximum(norm.sf(np.maximum(z, end)), same))
 
 
 def redrawn(count: int) -> np.ndarray:

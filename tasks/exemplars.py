@@ -1,7 +1,8 @@
 """Stage exemplars: the shards' candidates and statistics merged, one unit block at a time.
 
 In: candidates and stats of every shard. Out: exemplars (the top k images of each unit under the total order, the bottom
-k of units that go below zero) and unit_stats (one row a unit).
+k of units that go below zero) and unit_stats (one row a unit). An image that excites a unit no more than the one that
+excites it least says nothing about it: a unit that three images excite has three exemplars, a dead one none.
 """
 
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class ExemplarsWorker:
                 for best in tails:
                     best.add(candidates)
         with report.phase("compute"):
-            exemplars = pa.concat_tables([best.table(block) for best in tails])
+            exemplars = pa.concat_tables([best.table(block, stats) for best in tails])
             written = {"exemplars": exemplars, "unit_stats": stats.table()}
         with report.phase("write"):
             job.out.write(part, written)
@@ -84,9 +85,13 @@ class Best:
         self.held = [{name: values[best] for name, values in columns.items()}]
         return rank
 
-    def table(self, block: Block) -> pa.Table:
-        """In exemplars' schema."""
+    def table(self, block: Block, stats: "Stats") -> pa.Table:
+        """In exemplars' schema, without those that lie no higher (bottom: lower) than all images do."""
         rank, columns = self._let_go(), self.held[0]
+        activation, unit = columns["activation"], columns["unit"] - block.start
+        above, below = activation > stats.columns["minimum"][unit], activation < stats.columns["maximum"][unit]
+        excites = above if self.tail == "top" else below
+        rank, columns = rank[excites], {name: values[excites] for name, values in columns.items()}
         said = {"layer": [block.layer] * len(rank), "tail": pa.repeat(self.tail, len(rank)), "rank": rank}
         return make_table("exemplars", columns | said | {"image_id": self.images.ids[columns["image"]]})
 

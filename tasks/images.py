@@ -22,6 +22,8 @@ from tasks.store import Folder, fingerprint, hash64
 
 fsspec.register_implementation("world", "tasks.world.files.WorldFileSystem")  # drawn scenes; imported when asked for
 SPLITS = ("explain", "select", "validate")
+ROWS = 65_536
+"""Vectors of images that are summed at once."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 
 
@@ -134,6 +136,18 @@ class ImageList:
         """bool, readable images of the explain split."""
         return self.split == "explain"
 
+    def explain_slices(self) -> list[np.ndarray]:
+        """int64 [n], numbers of the explain images, ROWS at once: all vectors in float64 would be gigabytes."""
+        numbers = np.flatnonzero(self.explain)
+        return [numbers[start : start + ROWS] for start in range(0, len(numbers), ROWS)]
+
+    def mean_vector(self, images_ND: np.ndarray) -> np.ndarray:
+        """float64 [D], mean of the explain images' vectors; zero without any."""
+        total_D = np.zeros(images_ND.shape[1])
+        for rows in self.explain_slices():
+            total_D += images_ND[rows].sum(0, dtype=np.float64)
+        return total_D / max(self.explain.sum(), 1)
+
     @cached_property
     def order(self) -> np.ndarray:
         """int64, rank of each image by the hash of its id: breaks ties without favouring the first of a folder."""
@@ -155,10 +169,10 @@ class ImageList:
 
     @cached_property
     def sampled(self) -> np.ndarray:
-        """bool, a sixteenth of the images (at least one): their positions enter the position histograms."""
-        chosen = self.ok & (self._hash % 16 == 0)
-        if not chosen.any() and self.ok.any():
-            members = np.flatnonzero(self.ok)
+        """bool, a sixteenth of the explain images (at least one): their positions enter the position histograms."""
+        chosen = self.explain & (self._hash % 16 == 0)
+        if not chosen.any() and self.explain.any():
+            members = np.flatnonzero(self.explain)
             chosen[members[np.argmin(self._hash[members])]] = True
         return chosen
 

@@ -20,6 +20,8 @@ from tasks.tables import make_table
 STATUSES = ("explained", "ambiguous", "unexplained", "dead", "always_on", "special_token_only")
 SPECIAL = 0.05
 """A unit belongs to the special tokens if on patches it never reaches this share of its peak on prefix tokens."""
+LARGEST = 0.999
+"""Correlations that chance reaches are taken for no more: beyond, Fisher's scale has no end."""
 ALWAYS = 0.5
 """A unit is always on if it is above zero everywhere and never falls below this share of its largest activation."""
 
@@ -93,31 +95,39 @@ class NeuronsWorker:
         return rectified(self.job.exemplars)
 
     @cached_property
-    def reached(self) -> tuple[pa.Table | None, float]:
-        """What chance reaches, as `predicted`; how many times that a name must reach. None without a twin."""
+    def reached(self) -> tuple[pa.Table | None, np.ndarray]:
+        """What chance reaches, as `predicted`, None without a twin; how many times that the name of an even and of an
+        odd unit must reach.
+
+        Where the twin itself is judged, as a control, nothing may be known of what is judged: its own values are not
+        among the nets, and each half of its units is held to what the names of the other half reach.
+        """
         job, settings = self.job, self.job.settings
         if job.twin is None or job.twin_names is None or job.chance is None:
-            return None, 1.0
+            return None, np.ones(2)
         nets = [job.chance.read("chance", part) for part in sorted(job.chance.done())]
         others = predicted(nets[1:], settings.twin_confidence)  # the first net is the twin, whose names are judged here
-        found = job.twin_names.read_all("explanations", columns=["layer", "phrase"])
-        chance = chance_of(others, found["layer"], found["phrase"]).clip(settings.min_correlation)
+        found = job.twin_names.read_all("explanations", columns=["layer", "unit", "phrase"])
+        chance = chance_of(others, found["layer"], found["phrase"]).clip(settings.min_correlation).clip(max=LARGEST)
         correlation = job.twin.read_all("validation", columns=["correlation"])["correlation"].to_numpy()
         ratios = np.arctanh(correlation.astype(np.float64)) / np.arctanh(chance)
-        ratios = ratios[np.isfinite(ratios)]
-        times = max(1.0, float(np.quantile(ratios, settings.twin_quantile))) if len(ratios) else 1.0
-        return predicted(nets, settings.twin_confidence), times
+        odd = found["unit"].to_numpy() % 2 == 1
+        if job.twin == job.validation:
+            return others, np.array([times(ratios[half], settings.twin_quantile) for half in (odd, ~odd)])
+        both = times(ratios, settings.twin_quantile)
+        return predicted(nets, settings.twin_confidence), np.array([both, both])
 
-    def bars(self, layers: pa.ChunkedArray, names: pa.ChunkedArray) -> np.ndarray:
+    def bars(self, layers: pa.ChunkedArray, units: pa.ChunkedArray, names: pa.ChunkedArray) -> np.ndarray:
         """What the interval of each name must exceed: min_correlation, or where the twin knows better, more.
 
         A concept has its own: random units follow a snowy ground closely and a star hardly at all. The best of many
         concepts was chosen for a name, so it must exceed its concept's chance as many times as the twin's own names
         exceed what the other nets tell of theirs, on Fisher's scale (atanh), which ends at no correlation.
         """
-        (reached, times), least = self.reached, self.job.settings.min_correlation
+        (reached, factors), least = self.reached, self.job.settings.min_correlation
         chance = np.zeros(len(names)) if reached is None else chance_of(reached, layers, names)
-        return np.tanh(np.arctanh(chance.clip(least)) * times).astype(np.float32)
+        chance = chance.clip(least).clip(max=LARGEST)
+        return np.tanh(np.arctanh(chance) * factors[units.to_numpy() % 2]).astype(np.float32)
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]
@@ -129,7 +139,7 @@ class NeuronsWorker:
             q = self.q_values[start : start + len(block)]
         with report.phase("compute"):
             off = unit_state(stats, rectified=self.rectified[block.layer])
-            bar = self.bars(explanations["layer"], explanations["phrase"])
+            bar = self.bars(*(explanations[c] for c in ("layer", "unit", "phrase")))
             status = decide(off, validation, q, bar, job.settings)
             table = _neurons(explanations, validation, q, bar, status, self.job.calibration)
         with report.phase("write"):
@@ -138,6 +148,12 @@ class NeuronsWorker:
             s: int((status == s).sum()) for s in STATUSES if (status == s).any()
         }
         return report
+
+
+def times(ratios: np.ndarray, quantile: float) -> float:
+    """How many times what chance reaches this share of names stays below, at least once; not finite ones left out."""
+    known = ratios[np.isfinite(ratios)]
+    return max(1.0, float(np.quantile(known, quantile))) if len(known) else 1.0
 
 
 def predicted(nets: list[pa.Table], confidence: float) -> pa.Table:
@@ -149,7 +165,9 @@ def predicted(nets: list[pa.Table], confidence: float) -> pa.Table:
     from scipy.special import stdtrit  # Student's t; here, because only runs with a twin need it
 
     rows = pa.concat_tables(nets)
-    z = pa.array(np.arctanh(rows["correlation"].to_numpy().astype(np.float64).clip(-0.999, 0.999)), from_pandas=True)
+    z = pa.array(
+        np.arctanh(rows["correlation"].to_numpy().astype(np.float64).clip(-LARGEST, LARGEST)), from_pandas=True
+    )
     groups = rows.select(["layer", "concept"]).append_column("z", z).group_by(["layer", "concept"], use_threads=False)
     found = groups.aggregate([("z", "mean"), ("z", "stddev", pc.VarianceOptions(ddof=1)), ("z", "count")])
     mean, spread = (found[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in ("z_mean", "z_stddev"))

@@ -25,7 +25,7 @@ class Scorer:
     score: Score
     marginal: float = 0.0
     """For values that are log p(unit | concept): times that their marginal over all units of the layer is taken off, by
-    the stage, which sees them all."""
+    the stage, which sees them all. Such a scorer sums over `top_k` exemplars."""
     logs: bool = False
     """Whether the scores are logarithms, so that their differences cannot serve as weights."""
     dense: bool = False
@@ -283,6 +283,15 @@ def _likely(evidence: Evidence, top_k: int, a: float) -> tuple[torch.Tensor, tor
     exemplars_UKD = evidence.exemplars_UKD[:, :top_k]  # rows of one matrix: U small products take four times as long
     similarity_UKC = (exemplars_UKD.flatten(0, 1) @ evidence.concepts_CD.T).unflatten(0, exemplars_UKD.shape[:2])
     return similarity_UKC.mul_(a).log_softmax(2).exp_(), evidence.has_exemplar_UK[:, :top_k, None].float()
+
+
+def share_asked(evidence: Evidence, chosen: ScorerSettings) -> torch.Tensor:
+    """[U, 1], exemplars of each unit as a share of those that a scorer with a marginal sums over: log p(unit | concept)
+    of so much of the images is compared with so much of the marginal. 1 for other scorers."""
+    if not SCORERS[chosen.name].marginal:
+        return torch.ones(len(evidence.has_exemplar_UK), 1, device=evidence.has_exemplar_UK.device)
+    top_k = chosen.params.get("top_k", inspect.signature(SCORERS[chosen.name].score).parameters["top_k"].default)
+    return evidence.has_exemplar_UK[:, :top_k].float().mean(1, keepdim=True)
 
 
 def unexplained(summed_UD: torch.Tensor, concept_UD: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
 from tasks.pixels import to_device
-from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, unexplained, weighted_mean
+from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, share_asked, unexplained, weighted_mean
 from tasks.signs import rectified
 from tasks.store import Folder, PartReport, hash64
 from tasks.tables import make_table, matrix
@@ -38,8 +38,6 @@ first's lead. Of planted units with two meanings 53 of 60 show both so, and 4 % 
 (docs/design.md, section 9)."""
 CLUSTER = 0.2
 """Share of the patches below which they are no meaning of their own."""
-IMAGES = 65_536
-"""Images that go into the covariance at once."""
 SHARE_Z = 1.645
 """A patch matches a concept if its similarity is above the 95 % quantile of random crops, taken as normal."""
 
@@ -107,10 +105,11 @@ class ScoresWorker:
     def null(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation [L, C] of the similarity of a hash-fixed sample of crops of each level to each concept.
 
-        Level 0 is sampled from all readable images; a level without crops has mean 0 and deviation 1.
+        All are of explain images: at level 0 any of them whole, else crops of exemplars. A level without crops has mean
+        0 and deviation 1.
         """
         ids, vectors, levels = self.crops
-        known = np.flatnonzero(self.job.images.ok)
+        known = np.flatnonzero(self.job.images.explain)
         means, stds = [], []
         for level in range(int(levels.max(initial=0)) + 1):
             members = known * MAX_CROPS if level == 0 else ids[levels == level]
@@ -125,16 +124,16 @@ class ScoresWorker:
     @cached_property
     def mean_image_D(self) -> np.ndarray:
         """Mean vector of the explain images."""
-        return self.images_ND[self.job.images.explain].astype(np.float64).mean(0)
+        return self.job.images.mean_vector(self.images_ND)
 
     @cached_property
     def covariance_DD(self) -> torch.Tensor:
         """Of the vectors of the explain images."""
-        total, chosen = torch.zeros(len(self.mean_image_D), len(self.mean_image_D), dtype=torch.float64), 0
-        for rows in np.array_split(np.flatnonzero(self.job.images.explain), max(len(self.images_ND) // IMAGES, 1)):
+        total = torch.zeros(len(self.mean_image_D), len(self.mean_image_D), dtype=torch.float64)
+        for rows in self.job.images.explain_slices():
             centred = torch.from_numpy(self.images_ND[rows] - self.mean_image_D)
-            total, chosen = total + centred.T @ centred, chosen + len(rows)
-        return (total / max(chosen, 1)).float().to(self.device)
+            total += centred.T @ centred
+        return (total / max(self.job.images.explain.sum(), 1)).float().to(self.device)
 
     @cached_property
     def rectified(self) -> dict[str, bool]:
@@ -158,9 +157,12 @@ class ScoresWorker:
             _ = self.concepts_CD, self.crops, self.null, self.covariance_DD
         with report.phase("compute"), torch.inference_mode():
             layer = [i for i, b in enumerate(self.job.blocks) if b.layer == block.layer]
-            marginal = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
+            marginal_C = self.scorer.marginal * self.marginal(tuple(layer)) if self.scorer.marginal else 0
             after = self.scorer.after or (lambda _, scores_UC: scores_UC)
-            chunks = [self._kept(evidence, after(evidence, s - marginal)) for evidence, s in self._scored(part)]
+            chunks = [
+                self._kept(evidence, after(evidence, s - marginal_C * share_asked(evidence, self.job.settings)))
+                for evidence, s in self._scored(part)
+            ]
             found = {c: torch.cat([chunk[c] for chunk in chunks]).cpu().numpy() for c in chunks[0]}
             found["negative"] = np.repeat(self._negatives(part)[:, None], found["concept"].shape[1], 1)
             table = self._table(block, found)
@@ -186,12 +188,21 @@ class ScoresWorker:
         return found
 
     def _marginal(self, parts: tuple[int, ...]) -> torch.Tensor:
-        """[C], log of the mean of exp(score) over all units of a layer, whatever its blocks."""
+        """[C], log of the mean of exp(score) over all units of a layer that have exemplars, whatever its blocks.
+
+        A sum over few exemplars is that much larger: raised to what it would be over all, else a unit that three images
+        excite would be the marginal of the whole layer.
+        """
         total_C = torch.full((len(self.concepts_CD),), -torch.inf, dtype=torch.float64, device=self.device)
+        count = 0
         for part in parts:
-            for _, scores_UC in self._scored(part):
-                total_C = torch.logaddexp(total_C, scores_UC.double().logsumexp(0))
-        return log_mean_exp(total_C, sum(len(self.job.blocks[part]) for part in parts)).float()
+            for evidence, scores_UC in self._scored(part):
+                asked_U1 = share_asked(evidence, self.job.settings)
+                raised_UC = (scores_UC / asked_U1.clamp(min=1e-6)).masked_fill(asked_U1 == 0, -torch.inf)
+                total_C = torch.logaddexp(total_C, raised_UC.double().logsumexp(0))
+            _, image_UK, *_ = self.laid(part)
+            count += int((image_UK >= 0).any(1).sum())
+        return log_mean_exp(total_C, count).float() if count else torch.zeros_like(total_C, dtype=torch.float32)
 
     def _scored(self, part: int) -> Iterator[tuple[Evidence, torch.Tensor]]:
         """Evidence and scores [U, C], chunk by chunk."""
@@ -229,9 +240,12 @@ class ScoresWorker:
         pooled_US: np.ndarray,
     ) -> Evidence:
         ids, vectors, levels = self.crops
-        place_UP = np.searchsorted(ids, crop_UP.clip(0)).clip(0, len(ids) - 1)
-        patches_UPD, exemplars_UKD = vectors[place_UP], self.images_ND[image_UK.clip(0)]
-        patches_UPD[crop_UP < 0], exemplars_UKD[image_UK < 0] = 0, 0
+        has_patch_UP, exemplars_UKD = crop_UP >= 0, self.images_ND[image_UK.clip(0)]
+        exemplars_UKD[image_UK < 0] = 0
+        place = np.searchsorted(ids, crop_UP[has_patch_UP])
+        patches_UPD = np.zeros((*crop_UP.shape, vectors.shape[1]), np.float16)
+        levels_UP = np.zeros(crop_UP.shape, np.int64)
+        patches_UPD[has_patch_UP], levels_UP[has_patch_UP] = vectors[place], levels[place]
 
         def device(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return to_device(np.ascontiguousarray(array), self.device).to(dtype)
@@ -239,8 +253,8 @@ class ScoresWorker:
         return Evidence(
             concepts_CD=self.concepts_CD,
             patches_UPD=device(patches_UPD),
-            has_patch_UP=device(crop_UP >= 0, torch.bool),
-            levels_UP=device(np.where(crop_UP >= 0, levels[place_UP], 0), torch.int64),
+            has_patch_UP=device(has_patch_UP, torch.bool),
+            levels_UP=device(levels_UP, torch.int64),
             exemplars_UKD=device(exemplars_UKD),
             has_exemplar_UK=device(image_UK >= 0, torch.bool),
             summed_UD=device(summed_UD),

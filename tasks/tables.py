@@ -31,7 +31,7 @@ from tasks.columns import (
     UNIT,
 )  # fmt: skip
 
-VERSION = 7
+VERSION = 8
 """Part of every fingerprint: raise it when the meaning of a column changes."""
 
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
@@ -85,7 +85,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "low": (F32, "smallest activation at any position"),
         "prefix_maximum": (F32, "largest activation on a prefix token (CLS, registers); null without prefix tokens"),
         "histogram": (pa.list_(I64), "counts of pooled activations over tasks.moments.EDGES"),
-        "position_histogram": (pa.list_(I64), "counts of activations at single positions of the sampled images"),
+        "position_histogram": (
+            pa.list_(I64),
+            "counts of activations at single positions, a sixteenth of the explain images",
+        ),
         "explain_count": (I64, "images of the explain split in the sums that follow"),
         "sum": (F64, "sum of activations, explain split"),
         "sum_cubed": (F64, "sum of cubed activations, explain split"),
@@ -104,7 +107,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     },
     "exemplars": UNIT
     | TAIL
-    | {"rank": (I32, "0 is the strongest")}
+    | {"rank": (I32, "0 is the strongest; images that lie no higher (bottom: lower) than all do are none")}
     | IMAGE
     | IMAGE_ID
     | {
@@ -161,7 +164,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     | NEGATIVE,
     "explanations": UNIT
     | {
-        "phrase": (STR, "the best concept; null where a unit has no patches"),
+        "phrase": (STR, "the best concept; null where a unit has no exemplars"),
         "concepts": (pa.list_(STR), "the best concept, the one that adds to it if any, then the next best"),
         "weights": (pa.list_(F32), "their weights: lead over the median concept, normalised to sum 1"),
         "margin": (F32, "score of the best minus score of the second"),
@@ -196,7 +199,10 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "iou": (F32, "the same: intersection over union"),
         "mad": (F32, "mean activation on the name's top images less that on the others, in the others' deviations"),
         "rival": (STR, "best other concept on the select split"),
-        "rival_gain": (F32, "how much better the rival correlates there, in standard errors"),
+        "rival_gain": (
+            F32,
+            "how much better the rival correlates there, in standard errors of the difference (Meng et al. 1992)",
+        ),
     }
     | NEGATIVE_CONFIDENCE,
     "chance": {
@@ -233,7 +239,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
             "mean cosine of two images' centred CLIP vectors, weighted by the unit's activation (scaled to 0 to 1) on "
             "both; null where fewer than two images of the explain sample excite it",
         ),
-        "clarity": (F32, "the same, unweighted, of its exemplars that excite it; null where there are fewer than two"),
+        "clarity": (F32, "the same, unweighted, of its exemplars; null where there are fewer than two"),
         "redundancy": (F32, "largest cosine of the direction in which its images lie with that of another unit"),
         "alike": (I32, "that unit of the layer"),
     },

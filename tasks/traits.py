@@ -120,14 +120,10 @@ class TraitsWorker:
         return same_U, self._clarity(part), sums_UD - total_U[:, None] * self.sample_SD.mean(0)
 
     def _clarity(self, part: int) -> torch.Tensor:
-        """[U], of the exemplars that excite a unit more than the image that excites it least."""
-        block, exemplars = self.job.blocks[part], self.job.exemplars
-        columns = ["unit", "image", "activation"]
-        found = exemplars.read("exemplars", part, columns=columns, filters=[("tail", "==", "top")])
-        least = exemplars.read("unit_stats", part, columns=["minimum"])["minimum"].to_numpy()
-        unit = found["unit"].to_numpy() - block.start
-        excites = found["activation"].to_numpy() > least[unit]
-        unit, image = unit[excites], found["image"].to_numpy()[excites]
+        """[U], of the exemplars."""
+        block, only = self.job.blocks[part], [("tail", "==", "top")]
+        found = self.job.exemplars.read("exemplars", part, columns=["unit", "image"], filters=only)
+        unit, image = found["unit"].to_numpy() - block.start, found["image"].to_numpy()
         sums_UD = torch.zeros(len(block), self.images_ND.shape[1], dtype=torch.float64)
         for start in range(0, len(unit), ROWS):
             rows = slice(start, start + ROWS)

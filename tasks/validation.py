@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from tasks.correlation import bootstrap, followed, paired, permutation_p, product, read_block, redrawn
+from tasks.correlation import better, bootstrap, followed, paired, permutation_p, product, read_block, redrawn
 from tasks.forward import worker_device
 from tasks.images import SPLITS, ImageList
 from tasks.layers import Block
@@ -114,11 +114,14 @@ class ValidationWorker:
         concepts_UR = np.array([[self.row_of[c] for c in row] for row in names])
         rival, gain = self._rivals(concepts_UR, pooled_US)
         measured = self._measured(concepts_UR[:, 0], pooled_US)
+        nameless = explanations["phrase"].is_null().to_numpy()
+        for values in (gain, *measured.values()):
+            values[nameless] = np.nan
         columns = {
             "layer": [block.layer] * len(block),
             "unit": np.arange(block.start, block.stop),
             "images": [len(self.of["validate"])] * len(block),
-            "rival": [names[u, i] if i >= 0 else None for u, i in enumerate(rival)],
+            "rival": [names[u, i] if i >= 0 and not nameless[u] else None for u, i in enumerate(rival)],
             "rival_gain": _nullable(gain, pa.float32()),
             "p": _nullable(measured.pop("p"), pa.float64()),
         }
@@ -130,8 +133,8 @@ class ValidationWorker:
         """Of each unit's other concepts the best on select, by the CLIP that made the names."""
         (images_ND, vectors_CD), select = self.made_by, self.of["select"]
         vectors_URD = vectors_CD[concepts_UR]
-        r_UR = followed(pooled_US[:, select], images_ND[self.stored[select]], vectors_URD)
-        return best_rival(r_UR, vectors_URD, len(select))
+        found = followed(pooled_US[:, select], images_ND[self.stored[select]], vectors_URD)
+        return best_rival(*found, vectors_URD, len(select))
 
     def _measured(self, names_U: np.ndarray, pooled_US: np.ndarray) -> dict[str, np.ndarray]:
         """What `measures` says of each unit and its name, by the CLIP that judges.
@@ -196,15 +199,18 @@ def _nullable(values: np.ndarray, dtype: pa.DataType) -> pa.Array:
     return pa.array(values, dtype, from_pandas=True)  # NaN becomes null
 
 
-def best_rival(r_UR: np.ndarray, vectors_URD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def best_rival(
+    r_UR: np.ndarray, with_first_UR: np.ndarray, vectors_URD: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Of each unit's other concepts that are no synonyms of the first, the best on select: its index and its gain.
 
-    The gain is (atanh r_rival - atanh r_first) sqrt(count - 3); index -1 and gain NaN where there is no rival.
+    The first two are what `followed` finds over `count` images. The gain is that of tasks.correlation.better, in
+    standard errors: both concepts are judged on the same images and are often alike, so their correlations differ by
+    chance much less than two do. Index -1 and gain NaN where there is no rival.
     """
     cosine = (vectors_URD * vectors_URD[:, :1]).sum(2)
     r = np.where((cosine < SYNONYM) & np.isfinite(r_UR), r_UR, -np.inf)
     index, rows = r.argmax(1), np.arange(len(r))
-    known = np.isfinite(r[rows, index]) & np.isfinite(r_UR[:, 0]) & (count > 3)
-    z = np.arctanh(np.where(known[:, None], np.stack([r[rows, index], r_UR[:, 0]], 1), 0).clip(-0.999999, 0.999999))
-    gain = (z[:, 0] - z[:, 1]) * np.sqrt(max(count - 3, 0))
-    return np.where(known, index, -1), np.where(known, gain, np.nan)
+    known = np.isfinite(r[rows, index]) & np.isfinite(r_UR[:, 0])
+    gain = better(np.where(known, r[rows, index], np.nan), r_UR[:, 0], with_first_UR[rows, index], count)
+    return np.where(known, index, -1), gain

@@ -119,6 +119,12 @@ def overflowing() -> nn.Module:
     return Overflowing()
 
 
+def not_finite() -> nn.Module:
+    model = Planted()
+    model.conv.bias.data += torch.nan
+    return model
+
+
 def deep(layers: int = 20) -> nn.Module:
     """One convolution after the other, then a pool and logits."""
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock
 from flows.config import compose
 from flows.run import load_run
 from flows.sweep import Sweep
-from tasks.ablation import AblationJob, AblationSettings, AblationWorker, ablated_classes, mean_interval
+from tasks.ablation import AblationJob, AblationSettings, AblationWorker, _sets, ablated_classes, mean_interval
 from tasks.causes import beside
 from tasks.classes import Classes, class_of_label
 from tasks.discovery import find_layers
@@ -364,6 +364,15 @@ def test_cumulative_switches_off_the_best_units_together(done, images):
             logits = np.array([one_by_one(done, i, changes) for i in members])
             assert row["logit"] == pytest.approx(logits[:, own].mean(), abs=1e-5)
             assert row["accuracy"] == pytest.approx((logits.argmax(1) == own).mean())
+
+
+def test_units_together_are_compared_with_controls_of_the_same_layers():
+    """Unit 1 has none, because its layer has no other; so there is no comparison from two units on."""
+    roles = [("together", 0), ("together_control", 0), ("together", 1), ("together", 2), ("together_control", 2)]
+    rows = [{"role": role, "rank": rank} for role, rank in [*roles, ("together", 3), ("together_control", 3)]]
+    found = {(role, n): [row["rank"] for row in units] for role, n, units in _sets(rows)}
+    assert found == {("together", n): list(range(n)) for n in (1, 2, 4)} | {("together_control", 1): [0]}
+    assert _sets([]) == []
 
 
 def test_mean_ablation(images, tmp_path):

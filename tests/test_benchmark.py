@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,20 @@ from flows.benchmark import tables
 from flows.cli import run_flow
 from flows.config import compose
 from flows.run import load_run
-from tasks.benchmark import agreement, classes, collisions, described, mean, read_annotations, share
+from tasks.benchmark import (
+    BenchmarkWorker,
+    Named,
+    agreement,
+    classes,
+    collisions,
+    described,
+    mean,
+    read_annotations,
+    share,
+)
 from tasks.images import ImageList
 from tasks.probing import split_of
+from tasks.store import Folder, StoreSettings
 from tasks.tables import matrix
 
 SCORERS = ["weighted_mean", "correlation", "soft_wpmi_top_k_50_a_20"]
@@ -101,6 +113,30 @@ def test_every_readable_image_gets_another_partner():
     assert partner[2] == 2
     assert sorted(partner) == [0, 1, 2, 3, 4]
     assert all(partner[i] != i for i in (0, 1, 3, 4))
+
+
+def test_final_units_that_are_all_dead_are_counted_as_none(tmp_path):
+    """Of the run, or of one of its halves alone; and of a control the live units count."""
+    from tests.test_traits import table
+
+    def neurons(name, *statuses):
+        rows = [unit(i, "red") | {"layer": layer, "status": s} for i, (layer, s) in enumerate(statuses)]
+        rows = [row | ({"phrase": None} if row["status"] == "dead" else {}) for row in rows]
+        made = Folder(StoreSettings(str(tmp_path)), "neurons", name, ("neurons",))
+        made.write(0, {"neurons": table("neurons", rows)})
+        return made
+
+    dead = neurons("dead", ("a", "explained"), ("a", "unexplained"), ("logits", "dead"))
+    live = neurons("live", ("a", "explained"), ("a", "unexplained"), ("logits", "explained"))
+    worker = BenchmarkWorker.__new__(BenchmarkWorker)
+    worker.job = SimpleNamespace(planted=None, annotations=None)
+    vars(worker).update(vectors=VECTORS, final="logits", _class_concepts=["red"] * 3)
+    figures = list(worker._judged("s", Named(dead, {"randomly initialised": dead}, [live, dead])))
+    found = {(f.benchmark, f.subject, f.measure): f for f in figures}
+    assert found["final layer", "classes", "first"].units == 0
+    assert found["stability", "final layer", "first"].units == 0
+    assert found["stability", "hidden", "first"].value == 1
+    assert found["controls", "randomly initialised", "explained"][4::3] == (0.5, 2)
 
 
 @pytest.fixture(scope="module")

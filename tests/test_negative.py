@@ -1,5 +1,7 @@
 """What units say below zero: planted mixtures get both names, and every number is what a slow look finds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,7 +74,7 @@ def write_shard(of, part, images, blocks):
 
 
 def strongest(a_N, images):
-    members = np.flatnonzero(images.explain)
+    members = np.flatnonzero(images.explain & (a_N > a_N.min()))
     return members[np.argsort(-a_N[members], kind="stable")[:K]]
 
 
@@ -90,7 +92,7 @@ def write_block(of, part, block, images):
     of["exemplars"].write(part, {"exemplars": table("exemplars", exemplars), "unit_stats": table("unit_stats", stats)})
 
 
-def named(root, block=3, shard=128, judge=None):
+def named(root, block=3, shard=128, judge=None, scorer="joint"):
     """(negative, negative_confidence) by unit as the table neurons has it, the same after validation, and the images.
 
     `judge` has other vectors of the images and of the words."""
@@ -115,7 +117,7 @@ def named(root, block=3, shard=128, judge=None):
         judge = Judge(*folders)
     common = {stage: of[stage] for stage in ("activations", "image_embeddings", "vocabulary")}
     evidence = {stage: of[stage] for stage in ("exemplars", "patches", "embeddings")}
-    settings = {"settings": ScorerSettings(keep=5), "k": K, "num_patches": K, "threads": 1}
+    settings = {"settings": ScorerSettings(scorer, keep=5), "k": K, "num_patches": K, "threads": 1}
     checked = {"explanations": of["explanations"], "blocks": blocks, "threads": 1, "judge": judge}
     read = {stage: of[stage] for stage in ("exemplars", "explanations", "validation")}
     workers = (
@@ -188,6 +190,41 @@ def test_blocks_and_shards_change_nothing(reference, tmp_path):
     for unit, row in reference[0].items():
         assert again[unit]["negative"] == row["negative"]
         assert again[unit]["negative_confidence"] == pytest.approx(row["negative_confidence"], abs=1e-5)
+
+
+def test_scores_know_nothing_of_images_that_are_not_of_explain(reference, tmp_path, monkeypatch):
+    """Patches here are whole images, so what random crops are like is told by images too."""
+    _, _, images = reference
+    others = unit_norm(np.random.default_rng(6), N, WIDTH)
+    monkeypatch.setattr("tests.test_negative.IMAGES", np.where(images.explain[:, None], IMAGES, others))
+    named(tmp_path)
+    stores = (images.folder.settings, StoreSettings(str(tmp_path)))
+    expected, found = (Folder(store, "scores", "x", ("scores",)).read_all("scores") for store in stores)
+    assert found.equals(expected)
+
+
+@pytest.mark.parametrize("scorer", ["joint", "soft_wpmi", "wpmi"])
+def test_units_without_exemplars_change_no_other_ones_scores(tmp_path, monkeypatch, scorer):
+    """A score is a sum over exemplars, so those of none would be the marginal of the whole layer; nothing is known of
+    what they mean, even where images that made no name vary: the last is above zero on validate alone."""
+    some = [x[[0, 1, 3]] for x in LAYERS["one value"]]
+    more = [np.concatenate([x, np.full((4, N), 1, np.float16)]) for x in some]
+    validate = np.array(SPLITS) == "validate"
+    for x in more:
+        x[6, validate] = 1 + np.arange(validate.sum()) / 64
+    scores = []
+    for units in (some, more):
+        monkeypatch.setitem(LAYERS, "one value", units)
+        found, _, images = named(tmp_path / str(len(units[0])), scorer=scorer)
+        rows = replace(images.folder, stage="scores", tables=("scores",)).read_all("scores").to_pylist()
+        scores.append([row for row in rows if row["layer"] != "one value" or row["unit"] < 3])
+    assert [row["concept"] for row in scores[0]] == [row["concept"] for row in scores[1]]
+    for column in ("score", "null_z", "share", "lead"):
+        assert [row[column] for row in scores[0]] == pytest.approx([row[column] for row in scores[1]], abs=1e-4), column
+    silent = found["one value", 6]
+    assert [silent[c] for c in ("status", "phrase", "exemplars", "confidence", "q", "probability")] == [
+        "unexplained", None, [], None, None, None,
+    ]  # fmt: skip
 
 
 def test_a_judge_measures_the_negative_side_too(reference, tmp_path):

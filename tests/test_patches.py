@@ -156,6 +156,7 @@ def test_token_map_is_right_to_the_token(tmp_path, layer, registers):
     """Patch (0,0), the last patch and others on a grid of 8 x 12, behind CLS and registers: box = the white cell."""
     for row, column in CELLS:
         marked(tmp_path / "photos", row, column)
+    Image.new("RGB", (96, 64), (90, 90, 90)).save(tmp_path / "photos" / "none.png")  # which all others are above
     target = TargetSettings(
         "factory",
         "tests/models.py:tokens",
@@ -184,7 +185,7 @@ def patches(root, job, merged, settings_):
 
 
 def test_patches_of_drawn_images(tmp_path):
-    """Every unit has its exemplars as patches; the red unit's boxes lie on red; crops are distinct and known."""
+    """Every live unit has its exemplars as patches; the red unit's boxes lie on red; crops are distinct and known."""
     folder = samples.draw_folder(tmp_path / "photos", 40)
     images = samples.probe(tmp_path, ProbingSettings(str(folder), shard_size=16, batch_size=8, max_skipped=1))
     target = TargetSettings(
@@ -192,8 +193,11 @@ def test_patches_of_drawn_images(tmp_path):
     )
     job, merged = samples.collect(tmp_path, images, target, LayersSettings(["relu", "logits"]))
     found = patches(tmp_path, job, merged, PatchesSettings(k=4, crops=CropSettings([0.5])))
-    assert len(found) == (6 + 3) * 4
-    assert len({(r["layer"], r["unit"], r["rank"]) for r in found}) == len(found)
+    units = {(r["layer"], r["unit"]) for r in found}
+    assert units == {("relu", 0), ("relu", 1), ("relu", 5), ("head", 0), ("head", 1)}
+    first = [r for r in merged.out.read_all("exemplars").to_pylist() if r["rank"] < 4 and r["tail"] == "top"]
+    key = ("layer", "unit", "rank", "image")
+    assert sorted([r[c] for c in key] for r in found) == sorted([r[c] for c in key] for r in first)
     crops = Folder(StoreSettings(str(tmp_path)), "patches", "x", ("patches", "crops")).read_all("crops").to_pylist()
     assert {c["crop_id"] for c in crops} == {r["crop_id"] for r in found}
     assert len(crops) == len({c["crop_id"] for c in crops})

@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import tracemalloc
 import uuid
 from functools import partial
 from pathlib import Path
@@ -745,8 +746,8 @@ def test_choices_are_fixed_by_content(n, seed, batches, batch_size, pooled_max):
         members = images.split == split
         assert images.stored[members].sum() == min(pooled_max, members.sum())
     assert not images.stored[~images.ok].any()
-    assert not images.sampled[~images.ok].any()
-    assert images.sampled.any() == images.ok.any()
+    assert not images.sampled[~images.explain].any()
+    assert images.sampled.any() == images.explain.any()
     others = image_list(n, seed, 0.1, shard_size=n, batch_size=1, pooled_max=pooled_max)
     for name in ("order", "stored", "sampled", "split"):
         assert np.array_equal(getattr(images, name), getattr(others, name)), name
@@ -776,8 +777,24 @@ def test_what_is_stored_follows_the_content_and_not_the_place():
 
 
 def test_a_sixteenth_is_sampled():
-    share = image_list(8000).sampled.mean()
-    assert abs(share - 1 / 16) < 4 * (1 / 16 * 15 / 16 / 8000) ** 0.5
+    images = image_list(8000)
+    share, count = images.sampled[images.explain].mean(), images.explain.sum()
+    assert abs(share - 1 / 16) < 4 * (1 / 16 * 15 / 16 / count) ** 0.5
+
+
+def test_the_mean_vector_is_summed_in_slices(monkeypatch):
+    """Never all in float64 at once, and the same as if they were."""
+    monkeypatch.setattr("tasks.images.ROWS", 256)
+    images = image_list(8000)
+    vectors = np.random.default_rng(0).normal(size=(8000, 16)).astype(np.float16)
+    expected, whole = vectors[images.explain].astype(np.float64).mean(0), vectors.size * 8
+    tracemalloc.start()
+    found = images.mean_vector(vectors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert peak < whole / 4
+    assert np.array_equal(np.concatenate(images.explain_slices()), np.flatnonzero(images.explain))
 
 
 def test_batches_are_padded_and_hold_the_decoded_pixels(tmp_path, photos):

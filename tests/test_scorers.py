@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.correlation import correlations, fisher
+from tasks.correlation import correlations, fisher, followed
 from tasks.evidence import Evidence, Sample
 from tasks.explanations import explain
 from tasks.layers import Block
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.scorers import SCORERS, log_mean_exp, peak_or_whole, ranks, unexplained
+from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, peak_or_whole, ranks, share_asked, unexplained
 from tasks.scores import adding, meaning_shares, share
 from tasks.tables import make_table
 from tasks.validation import best_rival
@@ -235,6 +235,20 @@ def test_what_adds_comes_second(adds, expected):
     np.testing.assert_allclose(row["weights"], leads / leads.sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name, s in SCORERS.items() if s.marginal])
+def test_images_of_one_kind_say_the_same_however_many_a_unit_has(name):
+    """Per image and beside the marginal: unit 0 has all of what it is asked for, unit 1 three, unit 2 none."""
+    found, chosen = evidence(0)[0], ScorerSettings(name, {"top_k": 5})
+    found.exemplars_UKD[:2] = found.exemplars_UKD[0, 0] * found.has_exemplar_UK[:2, :, None]
+    asked = share_asked(found, chosen)
+    assert asked[:, 0].tolist() == pytest.approx([1, 0.6, 0, 1, 1])
+    flat = {} if name == "wpmi" else {"a": 0.01}  # by its rank an image then weighs 3 % less at most
+    scores = SCORERS[name].score(found, **chosen.params, **flat)
+    torch.testing.assert_close(scores[1] / asked[1], scores[0], rtol=0.03, atol=0)
+    assert (scores[2] == 0).all()
+    assert share_asked(found, ScorerSettings("correlation")).tolist() == [[1]] * 5
+
+
 def test_marginal_of_parts_is_the_marginal_of_the_whole():
     marginals = {name: s.marginal for name, s in SCORERS.items() if s.marginal}
     assert marginals == {"soft_wpmi": 1.0, "wpmi": 0.6, "joint": 1.0}
@@ -305,10 +319,29 @@ def test_benjamini_hochberg_is_the_textbook_step_up():
 def test_rivals_are_other_meanings_only():
     r = np.array([[0.3, 0.6, 0.5]])
     vectors = np.array([[[1.0, 0], [1.0, 0], [0.0, 1.0]]])
-    index, gain = best_rival(r, vectors, 103)
+    between = np.array([[1, 0.99, 0.4]])
+    index, gain = best_rival(r, between, vectors, 103)
     assert index[0] == 2  # the second concept is a synonym of the first
-    assert gain[0] == pytest.approx((np.arctanh(0.5) - np.arctanh(0.3)) * 10)
-    assert best_rival(r[:, :1], vectors[:, :1], 103)[0][0] == -1
+    m = (0.5**2 + 0.3**2) / 2
+    h = (1 - 0.6 / (2 * (1 - m)) * m) / (1 - m)
+    assert gain[0] == pytest.approx((np.arctanh(0.5) - np.arctanh(0.3)) * np.sqrt(100 / (2 * 0.6 * h)))
+    index, gain = best_rival(r[:, :1], between[:, :1], vectors[:, :1], 103)
+    assert (index[0], np.isnan(gain[0])) == (-1, True)
+    index, gain = best_rival(np.array([[np.nan, 0.6, 0.5]]), between, vectors, 103)
+    assert (index[0], np.isnan(gain[0])) == (-1, True)
+
+
+def test_a_rivals_gain_is_a_standard_normal_where_it_is_no_better():
+    """A unit that follows two concepts equally well, whose similarities go together by 0.8: beyond 2 in 2.3 % of the
+    draws. As if the two had been measured on images of their own, the deviation would be 0.6."""
+    rng, gains = np.random.default_rng(0), []
+    concepts = np.array([[[1, 0.0], [0.8, 0.6]]])
+    for images in rng.normal(size=(2000, 100, 2)):
+        unit = images @ concepts[0].sum(0) + 4 * rng.normal(size=100)
+        gains.append(best_rival(*followed(unit[None], images, concepts), concepts, 100)[1][0])
+    assert abs(np.mean(gains)) < 0.08
+    assert np.std(gains) == pytest.approx(1, abs=0.06)
+    assert np.mean(np.array(gains) > 2) == pytest.approx(0.023, abs=0.012)
 
 
 def stats(**columns):

@@ -269,3 +269,8 @@ class FailsOnPartOne(DiesOnce):
 def test_same_table_bytes_are_valid_parquet(reference):
     for path in reference.rglob("*.parquet"):
         pq.ParquetFile(path)
+
+
+def test_a_model_of_which_nothing_is_finite_is_one_clear_error(drawn, tmp_path):
+    with pytest.raises(ValueError, match=r"^target\.dtype=float32: no activation of any unit is finite"):
+        sweep([x.replace("models.py:planted", "models.py:not_finite") for x in drawn], tmp_path, "cluster=none")

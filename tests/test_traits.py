@@ -74,19 +74,17 @@ def write_block(of, part, block, images, a_UN, neurons):
     exemplars = []
     for key in keys:
         a_N = a_UN[key["unit"]]
-        exemplars += [
-            key | {"tail": "top", "image": i, "activation": a_N[i]} for i in exemplars_of(a_N, images.explain)
-        ]
-        exemplars.append(key | {"tail": "bottom", "image": 0, "activation": 1e6})  # not to be looked at
-    stats = [key | {"minimum": a_UN[key["unit"]].min()} for key in keys]
-    of["exemplars"].write(part, {"exemplars": table("exemplars", exemplars), "unit_stats": table("unit_stats", stats)})
+        exemplars += [key | {"tail": "top", "image": i} for i in exemplars_of(a_N, images.explain)]
+        exemplars.append(key | {"tail": "bottom", "image": 0})  # not to be looked at
+    written = {"exemplars": table("exemplars", exemplars), "unit_stats": table("unit_stats", [])}
+    of["exemplars"].write(part, written)
     alive = {"status": "unexplained"}
     rows = [key | (neurons[key["unit"]] if neurons else alive) for key in keys]
     of["neurons"].write(part, {"neurons": table("neurons", rows)})
 
 
 def exemplars_of(a_N, explain):
-    members = np.flatnonzero(explain)
+    members = np.flatnonzero(explain & (a_N > a_N.min()))
     return members[np.argsort(-a_N[members], kind="stable")[:K]].tolist()
 
 
@@ -96,7 +94,7 @@ def slow(a_UN, vectors, explain, sample, dead):
     e = [v - np.mean([e[i] for i in sample], axis=0) for v in e]
     e = [v / max(np.linalg.norm(v), 1e-6) for v in e]
     weights = [[(a[i] - min(a[sample])) / max(max(a[sample]) - min(a[sample]), 1e-9) for i in sample] for a in a_UN]
-    tops = [[i for i in exemplars_of(a, explain) if a[i] > a.min()] for a in a_UN]
+    tops = [exemplars_of(a, explain) for a in a_UN]
     common = np.mean([e[i] for i in sample], axis=0)
     directions = [sum(w * (e[i] - common) for w, i in zip(ws, sample, strict=True)) for ws in weights]
     cosines = [[cosine(x, y) for y in directions] for x in directions]

@@ -185,6 +185,16 @@ def test_target_with_fixed_weights_is_refused_and_nothing_written(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_without_validate_images_nothing_is_known_of_chance(arguments, tmp_path):
+    split = ["probing.select=0.5", "probing.validate=0", "neurons.twin_nets=3"]
+    flow = Sweep(compose([*arguments, f"store.root={tmp_path}", *split]))
+    flow.run()
+    assert runs(tmp_path)[1].folder("chance").read_all("chance").num_rows == 0
+    found = flow.folder("neurons").read_all("neurons").to_pylist()
+    assert [neuron["bar"] for neuron in found] == pytest.approx([0.05] * len(found))
+    assert "explained" not in {neuron["status"] for neuron in found}
+
+
 def test_second_random_net_by_hand(arguments, reference):
     """Its weights are of the next seed, and every image is looked at once."""
     _, twin = runs(reference)
@@ -266,3 +276,40 @@ def folder(root, name, **tables):
         found[table] = make_table(table, rows | ({"unit": range(count)} if "unit" in rows else {}))
     made.write(0, found)
     return made
+
+
+def test_bars_of_the_twin_itself_know_nothing_of_what_they_judge(tmp_path):
+    """Hand-made: the first net, which it is, says 0.9, the others 0.1; names of even units reach three times that on
+    Fisher's scale, of odd ones twice. So odd units must exceed three times it, and even ones twice."""
+    chance = Folder(StoreSettings(str(tmp_path)), "chance", "x", ("chance",))
+    for net, value in enumerate([0.9, 0.1, 0.1, 0.1]):
+        rows = {"layer": ["only"], "concept": ["x"], "correlation": [value]}
+        chance.write(net, {"chance": make_table("chance", rows)})
+    z = np.arctanh(0.1)
+    units = {
+        "validation": {"correlation": np.tanh(z * np.array([3, 2, 3, 1, 1, 2]))},
+        "explanations": {"phrase": ["x"] * 6},
+    }
+    found = {name: folder(tmp_path, name, **{name: columns}) for name, columns in units.items()}
+    settings = NeuronsSettings(twin_quantile=1.0)
+    job = NeuronsJob(chance, chance, found["explanations"], found["validation"], [], settings)
+    job.chance, job.twin, job.twin_names = chance, replace(found["validation"]), found["explanations"]
+    rows = found["explanations"].read("explanations", 0)
+    bars = NeuronsWorker(job).bars(*(rows[c] for c in ("layer", "unit", "phrase")))
+    assert bars.tolist() == pytest.approx(np.tanh(z * np.array([2, 3] * 3)).tolist(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bar_of_almost_one_is_no_warning(tmp_path):
+    """Three nets that follow x nearly perfectly or against it: of a fourth nothing is known, so the bar is as high."""
+    chance = Folder(StoreSettings(str(tmp_path)), "chance", "x", ("chance",))
+    for net, value in enumerate([0.0, 1.0, -1.0]):
+        rows = {"layer": ["only"], "concept": ["x"], "correlation": [value]}
+        chance.write(net, {"chance": make_table("chance", rows)})
+    units = {"validation": {"correlation": [0.1, 0.2]}, "explanations": {"phrase": ["x"] * 2}}
+    found = {name: folder(tmp_path, name, **{name: columns}) for name, columns in units.items()}
+    job = NeuronsJob(chance, chance, found["explanations"], found["validation"], [], NeuronsSettings())
+    job.chance, job.twin, job.twin_names = chance, found["validation"], found["explanations"]
+    rows = found["explanations"].read("explanations", 0)
+    bars = NeuronsWorker(job).bars(*(rows[c] for c in ("layer", "unit", "phrase")))
+    assert bars.tolist() == pytest.approx([0.999] * 2)
