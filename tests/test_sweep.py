@@ -3,8 +3,10 @@
 One reference sweep in this process; everything else is compared with its tables.
 """
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -81,6 +83,20 @@ def test_second_run_does_nothing_and_says_so(drawn, reference, capsys):
     assert not sweep(drawn, reference, "cluster=local").worked
     assert "everything was done already" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*.parquet")}
+
+
+def test_a_finished_run_stays_finished_when_its_second_time_is_broken_off(drawn, reference, tmp_path):
+    """Until something differs; from there on the manifest lists what the new settings need."""
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    manifest = (tmp_path / "runs/drawn/run.json").read_bytes()
+    run_until_activations(Sweep(compose([*drawn, f"store.root={tmp_path}", "cluster=none"])))
+    assert (tmp_path / "runs/drawn/run.json").read_bytes() == manifest
+    other = Sweep(compose([*drawn, f"store.root={tmp_path}", "cluster=none", "vocabulary.merge=0.9"]))
+    run_until_activations(other)
+    listed = load_run(other.config.store, "drawn").stages
+    assert [stage for stage, found in json.loads(manifest)["stages"].items() if listed.get(stage) == found] == STAGES[:5]
+    assert list(listed) == list(other.manifest.stages)
+    assert len(listed) < len(STAGES)
 
 
 def test_missing_part_alone_is_made_again(drawn, reference, tmp_path, capsys):
