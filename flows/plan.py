@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.config import Config, compose, flow_arguments
-from tasks.cleaning import class_rows, clean
+from tasks.cleaning import clean
 from tasks.images import ImageReader
+from tasks.phrases import check_number, listed
 from tasks.pixels import BadImage, decode
 from tasks.plan import Estimate, Facts, Rates, Work, answered, money, seconds
 from tasks.plan_bytes import Words, made_up_words
@@ -118,14 +119,11 @@ def _class_names(config: Config, target: TargetSketch, rows: list[dict[str, Any]
 def _concepts(config: Config, names: list[str], prompts: int) -> list[dict[str, Any]]:
     """The phrases that there will be; made-up ones for those that a language model is still to write."""
     settings = config.vocabulary
-    raw = read_concepts(settings.path) if settings.source == "lexicon" else []
-    raw += class_rows(names) if settings.uses_class_names else []
-    found = clean(raw, settings.max_words)[0]
+    found, skipped = clean(listed(settings, names), settings.max_words)
     if prompts:
         count = round(answered(prompts, settings.llm.max_tokens)) - len(found)
         found += made_up_words(max(count, 0), prompts)
-    if len(found) < 2:
-        raise ValueError(f"vocabulary.source={settings.source}: {len(found)} concepts found, at least 2 are needed")
+    check_number(found, skipped, settings)
     return found
 
 

@@ -121,8 +121,11 @@ class Host:
             out.store.put_json(f"{out.name}/reports/part-{part:05d}.json", asdict(report))
             return report
         except Exception as error:
+            reason, refused = " ".join(str(error).split())[:500], type(error) is ValueError
+            if refused and not os.environ.get("AXONYM_TRACEBACK"):
+                return PartReport(part, error=reason, refused=True)
             log.exception("%s part %d failed", self.path, part)
-            return PartReport(part, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            return PartReport(part, error=f"{type(error).__name__}: {reason}", refused=refused)
 
 
 def environment() -> None:
@@ -134,7 +137,8 @@ def environment() -> None:
 
 
 def run_stage(work: Work, cluster: ClusterSettings) -> bool:
-    """Make the missing parts; True if there were any. Raises StageFailed after all others are done."""
+    """Make the missing parts; True if there were any. Raises StageFailed after all others are done, and ValueError
+    where all that failed is the user's to mend."""
     name = work.folder.stage
     missing = sorted(set(range(work.parts)) - work.folder.done())
     if not missing:
@@ -150,6 +154,8 @@ def run_stage(work: Work, cluster: ClusterSettings) -> bool:
             bar.update(min(round(share), work.items - bar.n))
     print(summary(work, reports, time.perf_counter() - start), flush=True)
     failed = [r for r in reports if r.error]
+    if failed and all(r.refused for r in failed):
+        raise ValueError(failed[0].error)
     if failed:
         lines = "".join(f"\n  part {r.part}: {r.error}" for r in failed[:10])
         raise StageFailed(f"{name}: {len(failed)} of {work.parts} parts failed; run the same command again{lines}")

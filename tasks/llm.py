@@ -170,8 +170,14 @@ class Openai:
         self.settings, self.schema = settings, answer_schema(max_concepts)
 
     def ask(self, prompts: list[Prompt]) -> list[Said]:
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            return list(pool.map(self._one, prompts))
+        from openai import OpenAIError
+
+        try:
+            with ThreadPoolExecutor(self.settings.concurrency) as pool:
+                return list(pool.map(self._one, prompts))
+        except OpenAIError as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"vocabulary.llm.url={self.client.base_url}: no answer: {reason}") from None
 
     def _one(self, prompt: Prompt) -> Said:
         found = self.client.chat.completions.create(

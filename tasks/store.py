@@ -236,6 +236,8 @@ class PartReport:
     peak_mib: int = 0
     """Largest resident memory of the worker's process so far."""
     error: str | None = None
+    refused: bool = False
+    """Whether the error is a plain ValueError, the user's to mend; libraries' own kinds of it are failures."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
