@@ -8,18 +8,20 @@ import ctypes
 import gc
 import importlib
 import logging
+import math
 import os
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
+from flows.run import TABLES
 from tasks.store import Folder, PartReport, peak_mib
 
 log = logging.getLogger("axonym")
@@ -40,6 +42,20 @@ class Resources:
 
 
 @dataclass
+class StageResources:
+    """The same, where a stage differs from cluster.default; null where it does not."""
+
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    memory: int | None = None
+    workers: int | None = None
+    retries: int | None = None
+
+
+LEAST = {"num_cpus": 0.01, "num_gpus": 0, "memory": 1, "workers": 1, "retries": 0}
+
+
+@dataclass
 class ClusterSettings:
     ray: bool = True
     """False runs every stage in this process."""
@@ -52,7 +68,7 @@ class ClusterSettings:
     threads: int = 1
     """Torch threads of each worker; part of what decides the last bits of every number."""
     default: Resources = field(default_factory=Resources)
-    stages: dict[str, Resources] = field(default_factory=dict)
+    stages: dict[str, StageResources] = field(default_factory=dict)
     """Resources by stage, where they differ from the default."""
 
     def __post_init__(self) -> None:
@@ -62,9 +78,20 @@ class ClusterSettings:
             raise ValueError(f"cluster.wait={self.wait:g}: must be at least 0")
         if self.address and not self.ray:
             raise ValueError(f"cluster.address={self.address}: needs cluster.ray=true")
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ValueError(f"cluster.num_cpus={self.num_cpus}: must be at least 1")
+        if unknown := [stage for stage in self.stages if stage not in TABLES]:
+            raise ValueError(f"cluster.stages.{unknown[0]}: no such stage; allowed are {', '.join(TABLES)}")
+        given = {"default": self.default} | {f"stages.{stage}": need for stage, need in self.stages.items()}
+        for place, need in given.items():
+            for key, value in asdict(need).items():
+                if value is not None and not LEAST[key] <= value < math.inf:
+                    raise ValueError(f"cluster.{place}.{key}={value:g}: must be at least {LEAST[key]}")
 
     def resources(self, stage: str) -> Resources:
-        return self.stages.get(stage, self.default)
+        """`workers` is null where the stage has no number of its own."""
+        own = asdict(self.stages.get(stage, StageResources()))
+        return replace(self.default, **{k: v for k, v in own.items() if v is not None or k == "workers"})
 
     def on_gpu(self, stage: str) -> bool:
         """Whether the workers of a stage hold GPUs."""

@@ -14,6 +14,7 @@ from flows import sweep
 from flows.cli import run_flow
 from flows.config import CONF, compose, groups, multirun
 from flows.run import load_run
+from flows.stage import Resources
 from tasks.clip import JudgeSettings
 from tasks.layers import LayersSettings, find_layers
 from tasks.store import StoreSettings
@@ -72,6 +73,10 @@ def test_every_choice_of_every_group_composes(group):
         ("judge.name=x", "judge.name=x: there is no judge to change; choose one too, for example judge=vit_l_14"),
         ("run=a/b", "run=a/b: allowed are letters, digits and . _ + -"),
         ("cluster.threads=0", "cluster.threads=0: must be at least 1"),
+        ("cluster.num_cpus=0", "cluster.num_cpus=0: must be at least 1"),
+        ("cluster.default.workers=0", "cluster.default.workers=0: must be at least 1"),
+        ("cluster.stages.scores.num_gpus=-1", "cluster.stages.scores.num_gpus=-1: must be at least 0"),
+        ("cluster.stages.activation.num_gpus=1", "cluster.stages.activation: no such stage; allowed are listing, "),
         ("store=s3", "store.root is empty: give a folder or a URI"),
         ("target=timm", "target.name is missing"),
         ("target=factory", "target.name is missing"),
@@ -106,6 +111,10 @@ def test_free_text_and_free_keys():
     assert config.target.kwargs == {"img_size": 96}
     assert compose(["scorer=soft_wpmi", "scorer.params.a=100"]).scorer.params == {"a": 100}
     assert compose(["cluster.stages.activations.num_gpus=1"]).cluster.resources("activations").num_gpus == 1
+    some = ["cluster.stages.scores.num_gpus=0.5", "cluster.stages.scores.retries=1", "cluster.default.memory=9"]
+    found = compose([*some, "cluster.default.num_cpus=2", "cluster.default.workers=8"]).cluster
+    assert found.resources("scores") == Resources(2, 0.5, 9, None, 1)
+    assert found.resources("answers") == Resources(2, 0, 9, None, 3)
     assert compose(["cluster=gpu"]).cluster.resources("embeddings").num_gpus == 1
     assert compose(["cluster=gpu"]).cluster.resources("exemplars").num_gpus == 0
 
