@@ -36,9 +36,7 @@ from tasks.target import TargetSettings
 
 CONF = Path(next(iter(conf.__path__)))
 WORLD = Path(next(iter(tasks.world.__path__))) / "weights"
-TEXTS = ("run", "world", "vocabulary.domain")
-"""Keys whose values are free text: quoted for Hydra, so that run=1e5 stays a text."""
-OWN = re.compile(r"experiment=|(target|probing)=(?!world)|probing\.uri=(?!world://)")
+OWN = re.compile(r"experiment=|(target|probing)=(?!world)|probing\.uri=(?!\W*(world://[^,]*,?\W*)+$)")
 """Overrides that name a model or images of one's own. Without any, a sweep is one of the drawn world, experiment=world;
 with one, all else is chosen for photos (conf/config.yaml), so that the world's tiny CLIP never meets them unasked."""
 
@@ -148,13 +146,18 @@ def multirun(overrides: list[str]) -> list[list[str]]:
     from hydra.errors import OverrideParseException
 
     choices = []
-    try:
-        for override in OverridesParser.create().parse_overrides(overrides):
-            swept = override.is_sweep_override()
-            values = override.sweep_string_iterator() if swept else [override.get_value_string()]
-            choices.append([f"{override.get_key_element()}={value}" for value in values])
-    except OverrideParseException as error:
-        raise ValueError(_one_line(error, overrides)) from None
+    for given in overrides:
+        key, _, value = given.partition("=")
+        if is_text(key, value) and not re.match(r"(choice|range|sort|shuffle)\(", value):
+            choices.append([f"{key}={text}" for text in value.split(",")])
+            continue
+        try:
+            (override,) = OverridesParser.create().parse_overrides([given])
+        except OverrideParseException as error:
+            raise ValueError(_one_line(error, overrides)) from None
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_string()]
+        choices.append([f"{override.get_key_element()}={value}" for value in values])
     return [list(job) for job in itertools.product(*choices)]
 
 
@@ -174,13 +177,24 @@ def _check(override: str) -> str:
             raise ValueError(f"{key}={value}: unknown; allowed are {', '.join(allowed)}")
         return override if group == key else f"{group}@{override}"
     kind = _walk(key)
-    if key in TEXTS and value[:1] not in "'\"" and value not in ("null", ""):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if is_text(key, value):
+        text = re.sub(r"(\\+)(?='|\Z)", r"\1\1", os.path.expanduser(value))  # elsewhere a backslash is one to Hydra
+        return f"{key}='" + text.replace("'", r"\'") + "'"
     stage = re.fullmatch(r"cluster\.stages\.(\w+)\.(\w+)", key)
     if stage:  # OmegaConf makes a dataclass inside a dict only when a whole dict is merged
         return f"++cluster.stages={{{stage[1]}:{{{stage[2]}:{value}}}}}"
     free = kind is Any or get_origin(kind) is dict  # Hydra adds keys to a free dict only when told to
     return f"{'++' if free else ''}{key}={value}"
+
+
+def is_text(key: str, value: str) -> bool:
+    """Whether the value is free text, a name or a path, which means nothing in Hydra's grammar: run=1e5, a#b, ~/photos.
+
+    What the user has quoted is Hydra's.
+    """
+    if key in groups() or value in ("null", "") or value[0] in "'\"":
+        return False
+    return not value.startswith("[") if key == "probing.uri" else _walk(key) in (str, str | None)
 
 
 def _walk(key: str) -> Any:

@@ -156,17 +156,28 @@ def test_runs_are_named_after_what_they_do():
         ["scorer=soft_wpmi", "clip=vit_b_32"],
         ["target=world_vit", "layers=mlp"],
         ["probing.uri=world://mine/40", "vocabulary=class_names"],
+        ["probing.uri=[world://a/5,world://b/5]"],
+        ["probing.uri=['world://a/5', \"world://b/5\"]"],
     ],
 )
 def test_a_sweep_without_model_or_images_is_one_of_the_drawn_world(overrides):
     config = compose(overrides)
     assert config == compose([*overrides, "experiment=world"])
     assert config.target.checkpoint.startswith(f"{config.world}/")
-    assert config.probing.uri.startswith("world://")
+    assert all(uri.startswith("world://") for uri in config.probing.uris)
     assert config.clip.name == ("ViT-B-32" if "clip=vit_b_32" in overrides else f"{config.world}/clip")
 
 
-@pytest.mark.parametrize("own", ["target=resnet50", "probing.uri=world_photos", "probing=folder", "experiment=null"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        "target=resnet50",
+        "probing.uri=world_photos",
+        "probing.uri=[world://a/5,photos]",
+        "probing=folder",
+        "experiment=null",
+    ],
+)
 def test_the_worlds_clip_never_meets_other_models_or_images_unasked(own):
     config = compose([own])
     assert (config.clip.name, config.vocabulary.path) == ("ViT-B-32", None)
@@ -198,7 +209,44 @@ def test_the_worlds_architectures(target):
     assert layers[0].prefix == {"world_resnet": 0, "world_vit": 1, "world_vit_registers": 5}[target]
 
 
+ODD = [
+    "a#b&c;d=e",
+    "{photos}/x",
+    "Möwen am Meer/é",
+    "it's \\'ours'",
+    "ends in \\",
+    "a\\b",
+    "photos (1)",
+    "a, b: c",
+    "1e5",
+    "%$!*?@",
+]
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_paths_are_free_text(path):
+    """They mean nothing in Hydra's grammar; without a comma not in that of --multirun either."""
+    keys = ("probing.uri", "target.checkpoint", "vocabulary.path", "store.root", "clip.name", "probing.labels")
+    overrides = ["target=resnet50", *(f"{key}={path}" for key in keys)]
+    for given in [overrides, *([] if "," in path else multirun(overrides))]:
+        found = compose(given)
+        values = [found.probing.uri, found.target.checkpoint, found.vocabulary.path, found.store.root, found.clip.name]
+        assert [*values, found.probing.labels] == [path] * len(keys)
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = compose(["probing.uri=~/photos", "vocabulary.path=~/words.txt"])
+    assert (found.probing.uri, found.vocabulary.path) == ("/home/me/photos", "/home/me/words.txt")
+
+
 def test_multirun_is_the_product():
+    assert multirun(["vocabulary.path=null,x y.txt", "experiment=world"]) == [
+        ["vocabulary.path=null", "experiment=world"],
+        ["vocabulary.path=x y.txt", "experiment=world"],
+    ]
+    assert multirun(["scorer.name=choice(auc,linear)"]) == [["scorer.name=auc"], ["scorer.name=linear"]]
+    assert multirun(["vocabulary.domain='a, b'"]) == [["vocabulary.domain='a, b'"]]
     jobs = multirun(["scorer=contrastive,soft_wpmi", "patches.k=3,4", "run=x", "probing.uri=[a,b]"])
     assert len(jobs) == 4
     assert jobs[0] == ["scorer=contrastive", "patches.k=3", "run=x", "probing.uri=[a,b]"]
