@@ -10,6 +10,8 @@ import importlib
 import logging
 import math
 import os
+import re
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -315,8 +317,10 @@ def start_ray(cluster: ClusterSettings) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if cluster.address:
         try:
+            if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", cluster.address):  # Ray itself waits for minutes
+                socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=5).close()
             ray.init(address=cluster.address, logging_level=logging.WARNING)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
             hint = "is Ray running there, with the same RAY_AUTH_MODE and token?"
             raise ValueError(f"cluster.address={cluster.address}: {hint} {' '.join(str(error).split())}") from None
     else:

@@ -29,6 +29,7 @@ from flows.causes import CausesStages
 from flows.config import Config, compose, multirun
 from flows.evidence import MODEL
 from flows.run import Run
+from flows.stage import start_ray
 from flows.vocabulary import round_of
 from tasks.calibration import load
 from tasks.chance import ChanceJob
@@ -58,6 +59,8 @@ def main(arguments: list[str]) -> int:
     if len({config.run for config in configs}) < len(configs):  # a fixed run= would overwrite itself
         configs = [replace(c, run=f"{c.run}-{number}") for number, c in enumerate(configs)]
     sweeps = [Sweep(config) for config in configs]
+    if configs[0].cluster.address:  # where nobody answers, nothing is written
+        start_ray(configs[0].cluster)
     for sweep in sweeps:
         sweep.run()
     if len(sweeps) > 1:

@@ -307,6 +307,17 @@ def test_no_cluster_to_join_is_one_line(tmp_path, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999", "nosuch.invalid:123"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path, monkeypatch, capsys, address):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", f"cluster.address={address}"]
+    assert run_flow(sweep.main, arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"axonym: cluster.address={address}: is Ray running there")
+    assert said.count("\n") == 1
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+
+
 def check_comparison(printed: str, root: Path) -> None:
     """The last lines by a slow look at the tables of both runs."""
     lines = printed[printed.index("run                  ") :].splitlines()
