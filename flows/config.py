@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -31,7 +31,7 @@ from tasks.phrases import VocabularySettings
 from tasks.probing import ProbingSettings
 from tasks.report import ReportSettings
 from tasks.scorers import SCORERS, ScorerSettings
-from tasks.store import StoreSettings
+from tasks.store import SECRET_ARGUMENT, StoreSettings, refuse_secrets
 from tasks.target import TargetSettings
 
 CONF = Path(next(iter(conf.__path__)))
@@ -73,6 +73,8 @@ class Config:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def __post_init__(self) -> None:
+        for name, group in asdict(self).items():
+            refuse_secrets(name, group, SECRET_ARGUMENT)
         if self.unit_block < 1:
             raise ValueError(f"unit_block={self.unit_block}: must be at least 1")
         if self.patches.k > self.activations.k:
