@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -131,6 +131,12 @@ def compose(overrides: list[str]) -> Config:
     return config
 
 
+def check_world(config: Config) -> None:
+    """Raises ValueError where the folder of the drawn world is not there: else CLIP would be said to be missing."""
+    if not Path(config.world).is_dir():
+        raise ValueError(f"world={config.world}: no such folder; axonym world out={config.world} makes one")
+
+
 def has_gpu() -> bool:
     """Whether this machine's driver lists a GPU, and the environment does not hide it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
@@ -165,6 +171,20 @@ def multirun(overrides: list[str]) -> list[list[str]]:
 
 def groups() -> list[str]:
     return sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
+
+
+def described() -> str:
+    """Every group with its choices, then every key."""
+    lines = ["Groups and their choices:"]
+    lines += [
+        f"  {group}={'|'.join(sorted(path.stem for path in (CONF / group).glob('*.yaml')))}" for group in groups()
+    ]
+    kinds = {
+        f.name: get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type for f in dataclasses.fields(Config)
+    }
+    inside = {key: [f.name for f in dataclasses.fields(kind)] for key, kind in kinds.items() if is_dataclass(kind)}
+    lines += ["Keys, as in target.name=x:", f"  {', '.join(key for key in kinds if key not in inside)}"]
+    return "\n".join(lines + [f"  {group}: {', '.join(names)}" for group, names in inside.items()])
 
 
 def _check(override: str) -> str:
@@ -240,6 +260,15 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
             reason = str(found).splitlines()[0]
             return f"{given.lstrip('+')}: expected {getattr(kind, '__name__', kind)}: {reason}"
     return " ".join(str(error).split())
+
+
+def make_folder(out: str) -> Path:
+    """Raises ValueError naming out= where there can be no such folder."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out}: cannot be made: {error}") from None
+    return Path(out)
 
 
 def flow_arguments(arguments: list[str], own: dict[str, type], **defaults: Any) -> tuple[dict[str, Any], list[str]]:

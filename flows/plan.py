@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.config import Config, compose, flow_arguments
+from flows.causes import check_causes
+from flows.config import Config, check_world, compose, flow_arguments
 from tasks.cleaning import clean
 from tasks.images import ImageReader
 from tasks.phrases import check_number, listed
@@ -24,7 +25,7 @@ from tasks.plan_bytes import Words, made_up_words
 from tasks.plan_models import TargetSketch, sketch_clip, sketch_target, timed
 from tasks.plan_stages import Planner
 from tasks.probing import list_images
-from tasks.words import read_concepts
+from tasks.words import other_words
 
 LOOKED = 32
 """Images whose sizes are looked at, evenly over the list."""
@@ -62,14 +63,19 @@ def main(arguments: list[str]) -> int:
     print("\n".join([f"plan of run {config.run}: {_subject(facts)}", HEAD, *map(_text, lines), *_totals(lines)]))
     print(f"assumed: {', '.join(f'{key}={value:g}' for key, value in asdict(chosen).items() if value)}")
     if own["out"]:
-        pq.write_table(table(lines), own["out"])
+        try:
+            pq.write_table(table(lines), own["out"])
+        except OSError as error:
+            raise ValueError(f"out={own['out']}: cannot be written: {error}") from None
     return 0
 
 
 def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     """What the arithmetic needs beside the config. Raises ValueError for what makes a sweep refuse its config."""
+    check_world(config)
     rows, sizes = _images(config, images)
     target, clip = sketch_target(config.target, config.layers), sketch_clip(config.clip)
+    check_causes(config, target.layers, target.num_classes)
     judge = sketch_clip(config.judge) if config.judge else None
     names = _class_names(config, target, rows)
     prompts = [prompt.text for prompt in config.vocabulary.prompts(names)]
@@ -77,7 +83,7 @@ def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     crops, text = config.patches.crops.sizes, prompts[0] if prompts else ""
     words = Words(rows, concepts, sizes, clip.width, crops, text, target.layers[0].name)
     against = config.vocabulary.against
-    other = len(clean(read_concepts(None if against == "lexicon" else against), 12)[0]) if against else None
+    other = len(clean(other_words(against), 12)[0]) if against else None
     drawn = all(uri.startswith("world://") for uri in config.probing.uris) and bool(config.probing.uris)
     gpu = config.cluster.on_gpu("activations")
     dtypes = {"target": config.target.dtype, "clip": config.clip.dtype}

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 
 from flows import sweep
-from flows.cli import run_flow
+from flows.cli import main, run_flow
 from flows.config import CONF, compose, groups, multirun
 from flows.run import load_run
 from flows.stage import Resources
@@ -77,6 +77,12 @@ def test_every_choice_of_every_group_composes(group):
         ("judge.nam=x", "judge.nam: unknown key (did you mean name?); allowed are name, pretrained, templates"),
         ("judge.name=x", "judge.name=x: there is no judge to change; choose one too, for example judge=vit_l_14"),
         ("run=a/b", "run=a/b: allowed are letters, digits and . _ + -"),
+        ("target.preprocess.std=[1,1,0]", "target.preprocess.std=[1, 1, 0]: must be above 0"),
+        ("target.prefix_tokens=-1", "target.prefix_tokens=-1: must be at least 0"),
+        ("neurons.min_correlation=1", "neurons.min_correlation=1.0: must lie between 0 and 1"),
+        ("neurons.rival_gain=-1", "neurons.rival_gain=-1.0: must be at least 0"),
+        ("probing.max_skipped=2", "probing.max_skipped=2.0: must be a share, from 0 to 1"),
+        ("refine.least=2", "refine.least=2.0: must be a share, at most 1"),
         ("cluster.threads=0", "cluster.threads=0: must be at least 1"),
         ("cluster.num_cpus=0", "cluster.num_cpus=0: must be at least 1"),
         ("cluster.default.workers=0", "cluster.default.workers=0: must be at least 1"),
@@ -270,6 +276,24 @@ def test_flows_are_listed():
         assert f"axonym {flow} " in done.stdout
 
 
+def test_help_lists_groups_and_keys(monkeypatch, capsys):
+    for flow, shown in (("sweep", True), ("bench", False)):
+        monkeypatch.setattr(sys, "argv", ["axonym", flow, "--help"])
+        assert main() == 0
+        said = capsys.readouterr().out
+        assert f"axonym {flow} " in said
+        assert ("store=local|s3" in said and "store: root, options" in said) == shown
+
+
+def test_a_flow_that_is_broken_off_says_whether_it_goes_on(capsys):
+    def broken(arguments):
+        raise KeyboardInterrupt
+
+    assert [run_flow(broken, []), run_flow(broken, [], resumes=False)] == [130, 130]
+    goes_on, starts_anew = capsys.readouterr().err.splitlines()
+    assert (goes_on.endswith("goes on from here"), starts_anew) == (True, "axonym: interrupted")
+
+
 def test_mistakes_end_the_command_and_write_nothing(tmp_path, capsys):
     """Exit code 2, one line, no traceback, nothing in the store; the first through the command line."""
     arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=none"]
@@ -281,6 +305,13 @@ def test_mistakes_end_the_command_and_write_nothing(tmp_path, capsys):
         (f"vocabulary.path={tmp_path}/nowhere.txt", "axonym: vocabulary.path="),
         (f"target.name={tmp_path}/nowhere.py:load", "axonym: target.name="),
         (f"target.checkpoint={tmp_path}/words.txt", "axonym: target.checkpoint="),
+        ("vocabulary.against=nowhere.txt", "axonym: vocabulary.against=nowhere.txt: "),
+        ("world=nowhere", "axonym: world=nowhere: no such folder; axonym world out=nowhere makes one"),
+        (
+            "clip.name=zzz",
+            "axonym: clip.name=zzz: unknown; allowed are a local folder or open_clip's models, such as co",
+        ),
+        ("vocabulary.path=\x1b[31m", r"axonym: vocabulary.path=\x1b[31m: "),
         ("clip.name=ViT-B-33", "axonym: clip.name=ViT-B-33: unknown; allowed are a local folder or"),
     ]:
         assert run_flow(sweep.main, [*arguments, wrong]) == 2
