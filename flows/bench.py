@@ -109,4 +109,4 @@ def line(figure: Figure) -> str:
 if __name__ == "__main__":
     from flows.cli import run_flow
 
-    sys.exit(run_flow(main, sys.argv[1:]))
+    sys.exit(run_flow(main, sys.argv[1:], resumes=False))

@@ -176,7 +176,12 @@ def tradeoff(figures: list[dict[str, Any]]) -> str | None:
     ]
     if not points:
         return None
-    x = Axis("final units whose own class name comes first", 0, min(1, 1.15 * max(p.x for p in points)), percent=True)
+    x = Axis(
+        "final units whose own class name comes first",
+        0,
+        min(1, 1.15 * max(max(p.x for p in points), 1e-3)),
+        percent=True,
+    )
     y = Axis("held-out correlation of hidden units' names", 0, 1.15 * max(max(p.upper or p.y for p in points), 1e-3))
     return chart(f"{len(points)} scorers, {next(iter(follows.values()))['units']:,} hidden units", x, y, points)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from flows.benchmark import planted_units
-from flows.config import compose, flow_arguments
+from flows.config import compose, flow_arguments, make_folder
 from flows.run import Run, load_run
 from tasks.calibration import (
     calibration_error,
@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
     own, overrides = flow_arguments(arguments, {"runs": str, "out": str}, out="calibration")
     store = compose(overrides).store
     runs = [load_run(store, name) for name in own["runs"].strip("[]").split(",")]
+    if other := [run.name for run in runs if "scorer" not in run.config]:
+        raise ValueError(f"runs={own['runs']}: {other[0]} is not the run of a sweep")
     scorers = sorted({run.config["scorer"]["name"] for run in runs})
     if len(scorers) > 1:
         raise ValueError(f"runs={own['runs']}: their scorers differ ({', '.join(scorers)}); margins cannot be compared")
@@ -42,8 +44,7 @@ def main(arguments: list[str]) -> int:
     units = {source: together([u for of, u in found if of == source]) for source, _ in found}
     if len(units) < 2:
         raise ValueError(f"runs={own['runs']}: all of {next(iter(units))}; give runs of two worlds or targets")
-    folder = Path(own["out"])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(own["out"])
     print("\n".join(tested(units, scorers[0], folder)))
     learned = fit(*together([*units.values()]), scorers[0], [Path(source).name for source in units])
     save(learned, str(folder / "calibration.json"))

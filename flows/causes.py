@@ -9,6 +9,7 @@ stage, in the manifest; how well screen and ablation agree, and what a class los
 from dataclasses import replace
 from typing import Any
 
+from flows.config import Config
 from flows.evidence import MODEL
 from flows.findings import FindingStages
 from flows.show import plain
@@ -16,28 +17,30 @@ from tasks.ablation import AblationJob, ablated_classes
 from tasks.causes import CausesJob
 from tasks.classes import class_of_label
 from tasks.forward import TargetPass
+from tasks.layers import Layer
 from tasks.pairs import PairsJob
 from tasks.screen import ScreenJob
 from tasks.store import fingerprint
 
 
+def check_causes(config: Config, layers: list[Layer], num_classes: int | None) -> None:
+    """Raises ValueError where the target model has no classes, or no layer has tokens of the chosen kind."""
+    settings = config.ablation
+    if not settings.pairs:
+        return
+    if num_classes is None:
+        expected = f"target.name={config.target.name} has no output of one logit per class; allowed is 0"
+        raise ValueError(f"ablation.pairs={settings.pairs}: {expected}")
+    for layer in layers:
+        if layer.sae and not layer.sae.decodes:
+            expected = f"{layer.sae.path} has no decoder, without which latents are not switched off; allowed is 0"
+            raise ValueError(f"ablation.pairs={settings.pairs}: {expected}")
+    if settings.positions == "prefix" and not any(layer.prefix for layer in layers):
+        raise ValueError("ablation.positions=prefix: no chosen layer has prefix tokens; allowed are all, patches")
+
+
 class CausesStages(FindingStages):
     """Each method plans and runs one stage; none of them runs where ablation.pairs is 0."""
-
-    def check_causes(self) -> None:
-        """Raises ValueError where the target model has no classes, or no layer has tokens of the chosen kind."""
-        settings = self.config.ablation
-        if not settings.pairs:
-            return
-        if self.target.num_classes is None:
-            expected = f"target.name={self.config.target.name} has no output of one logit per class; allowed is 0"
-            raise ValueError(f"ablation.pairs={settings.pairs}: {expected}")
-        for layer in self.target.layers:
-            if layer.sae and not layer.sae.decodes:
-                expected = f"{layer.sae.path} has no decoder, without which latents are not switched off; allowed is 0"
-                raise ValueError(f"ablation.pairs={settings.pairs}: {expected}")
-        if settings.positions == "prefix" and not any(layer.prefix for layer in self.target.layers):
-            raise ValueError("ablation.positions=prefix: no chosen layer has prefix tokens; allowed are all, patches")
 
     def _causes_pass(self) -> TargetPass:
         """Always float32: a single unit may move a logit by less than half precision tells apart."""

@@ -31,11 +31,19 @@ def overview() -> str:
     return (
         "axonym names the neurons of vision models.\n\n"
         + "\n".join(lines)
-        + "\n\nGroups and keys: see conf/ and README.md"
+        + "\n\nGroups and keys: axonym sweep --help, README.md"
     )
 
 
-def run_flow(flow: Callable[[list[str]], int], arguments: list[str]) -> int:
+def explained(name: str) -> str:
+    """What --help says of a flow: its own docstring, and the config's groups and keys where it takes them."""
+    from flows.config import described
+
+    module = importlib.import_module(f"flows.{name}")
+    return "\n\n".join([str(module.__doc__).strip(), FLOWS[name][1], *([] if name == "bench" else [described()])])
+
+
+def run_flow(flow: Callable[[list[str]], int], arguments: list[str], resumes: bool = True) -> int:
     """Exit code of a flow; a ValueError is the user's to mend and becomes one line."""
     from flows.stage import StageFailed, environment
 
@@ -46,14 +54,21 @@ def run_flow(flow: Callable[[list[str]], int], arguments: list[str]) -> int:
     except ValueError as error:
         if os.environ.get("AXONYM_TRACEBACK"):
             raise
-        print(f"axonym: {error}", file=sys.stderr)
+        _tell([str(error)])
         return 2
     except StageFailed as error:
-        print(f"axonym: {error}", file=sys.stderr)
+        _tell(str(error).split("\n"))
         return 1
     except KeyboardInterrupt:
-        print("axonym: interrupted; the same command goes on from here", file=sys.stderr)
+        print("axonym: interrupted" + "; the same command goes on from here" * resumes, file=sys.stderr)
         return 130
+
+
+def _tell(lines: list[str]) -> None:
+    """They may hold what files and servers say: nothing in it acts on the terminal."""
+    from flows.show import plain
+
+    print("axonym: " + "\n".join(map(plain, lines)), file=sys.stderr)
 
 
 def main() -> int:
@@ -64,7 +79,10 @@ def main() -> int:
     if name not in FLOWS:
         print(f"axonym: {name}: no such flow; allowed are {', '.join(FLOWS)}", file=sys.stderr)
         return 2
-    return run_flow(lambda args: importlib.import_module(f"flows.{name}").main(args), arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(explained(name))
+        return 0
+    return run_flow(lambda a: importlib.import_module(f"flows.{name}").main(a), arguments, resumes=name != "bench")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -31,14 +31,12 @@ from tasks.phrases import VocabularySettings
 from tasks.probing import ProbingSettings
 from tasks.report import ReportSettings
 from tasks.scorers import SCORERS, ScorerSettings
-from tasks.store import StoreSettings
+from tasks.store import SECRET_ARGUMENT, StoreSettings, refuse_secrets
 from tasks.target import TargetSettings
 
 CONF = Path(next(iter(conf.__path__)))
 WORLD = Path(next(iter(tasks.world.__path__))) / "weights"
-TEXTS = ("run", "world", "vocabulary.domain")
-"""Keys whose values are free text: quoted for Hydra, so that run=1e5 stays a text."""
-OWN = re.compile(r"experiment=|(target|probing)=(?!world)|probing\.uri=(?!world://)")
+OWN = re.compile(r"experiment=|(target|probing)=(?!world)|probing\.uri=(?!\W*(world://[^,]*,?\W*)+$)")
 """Overrides that name a model or images of one's own. Without any, a sweep is one of the drawn world, experiment=world;
 with one, all else is chosen for photos (conf/config.yaml), so that the world's tiny CLIP never meets them unasked."""
 
@@ -75,6 +73,8 @@ class Config:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def __post_init__(self) -> None:
+        for name, group in asdict(self).items():
+            refuse_secrets(name, group, SECRET_ARGUMENT)
         if self.unit_block < 1:
             raise ValueError(f"unit_block={self.unit_block}: must be at least 1")
         if self.patches.k > self.activations.k:
@@ -131,6 +131,12 @@ def compose(overrides: list[str]) -> Config:
     return config
 
 
+def check_world(config: Config) -> None:
+    """Raises ValueError where the folder of the drawn world is not there: else CLIP would be said to be missing."""
+    if not Path(config.world).is_dir():
+        raise ValueError(f"world={config.world}: no such folder; axonym world out={config.world} makes one")
+
+
 def has_gpu() -> bool:
     """Whether this machine's driver lists a GPU, and the environment does not hide it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
@@ -148,18 +154,37 @@ def multirun(overrides: list[str]) -> list[list[str]]:
     from hydra.errors import OverrideParseException
 
     choices = []
-    try:
-        for override in OverridesParser.create().parse_overrides(overrides):
-            swept = override.is_sweep_override()
-            values = override.sweep_string_iterator() if swept else [override.get_value_string()]
-            choices.append([f"{override.get_key_element()}={value}" for value in values])
-    except OverrideParseException as error:
-        raise ValueError(_one_line(error, overrides)) from None
+    for given in overrides:
+        key, _, value = given.partition("=")
+        if is_text(key, value) and not re.match(r"(choice|range|sort|shuffle)\(", value):
+            choices.append([f"{key}={text}" for text in value.split(",")])
+            continue
+        try:
+            (override,) = OverridesParser.create().parse_overrides([given])
+        except OverrideParseException as error:
+            raise ValueError(_one_line(error, overrides)) from None
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_string()]
+        choices.append([f"{override.get_key_element()}={value}" for value in values])
     return [list(job) for job in itertools.product(*choices)]
 
 
 def groups() -> list[str]:
     return sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
+
+
+def described() -> str:
+    """Every group with its choices, then every key."""
+    lines = ["Groups and their choices:"]
+    lines += [
+        f"  {group}={'|'.join(sorted(path.stem for path in (CONF / group).glob('*.yaml')))}" for group in groups()
+    ]
+    kinds = {
+        f.name: get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type for f in dataclasses.fields(Config)
+    }
+    inside = {key: [f.name for f in dataclasses.fields(kind)] for key, kind in kinds.items() if is_dataclass(kind)}
+    lines += ["Keys, as in target.name=x:", f"  {', '.join(key for key in kinds if key not in inside)}"]
+    return "\n".join(lines + [f"  {group}: {', '.join(names)}" for group, names in inside.items()])
 
 
 def _check(override: str) -> str:
@@ -174,13 +199,24 @@ def _check(override: str) -> str:
             raise ValueError(f"{key}={value}: unknown; allowed are {', '.join(allowed)}")
         return override if group == key else f"{group}@{override}"
     kind = _walk(key)
-    if key in TEXTS and value[:1] not in "'\"" and value not in ("null", ""):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if is_text(key, value):
+        text = re.sub(r"(\\+)(?='|\Z)", r"\1\1", os.path.expanduser(value))  # elsewhere a backslash is one to Hydra
+        return f"{key}='" + text.replace("'", r"\'") + "'"
     stage = re.fullmatch(r"cluster\.stages\.(\w+)\.(\w+)", key)
     if stage:  # OmegaConf makes a dataclass inside a dict only when a whole dict is merged
         return f"++cluster.stages={{{stage[1]}:{{{stage[2]}:{value}}}}}"
     free = kind is Any or get_origin(kind) is dict  # Hydra adds keys to a free dict only when told to
     return f"{'++' if free else ''}{key}={value}"
+
+
+def is_text(key: str, value: str) -> bool:
+    """Whether the value is free text, a name or a path, which means nothing in Hydra's grammar: run=1e5, a#b, ~/photos.
+
+    What the user has quoted is Hydra's.
+    """
+    if key in groups() or value in ("null", "") or value[0] in "'\"":
+        return False
+    return not value.startswith("[") if key == "probing.uri" else _walk(key) in (str, str | None)
 
 
 def _walk(key: str) -> Any:
@@ -224,6 +260,15 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
             reason = str(found).splitlines()[0]
             return f"{given.lstrip('+')}: expected {getattr(kind, '__name__', kind)}: {reason}"
     return " ".join(str(error).split())
+
+
+def make_folder(out: str) -> Path:
+    """Raises ValueError naming out= where there can be no such folder."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out}: cannot be made: {error}") from None
+    return Path(out)
 
 
 def flow_arguments(arguments: list[str], own: dict[str, type], **defaults: Any) -> tuple[dict[str, Any], list[str]]:

@@ -11,7 +11,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.config import compose
+from flows.config import compose, flow_arguments
 from flows.show import plain
 from flows.sweep import Sweep
 from tasks.benchmark import LIVE
@@ -25,12 +25,12 @@ EXAMPLES = 12
 
 
 def main(arguments: list[str]) -> int:
-    chosen = [a.removeprefix("target=world_") for a in arguments if a.startswith("target=")]
-    if unknown := [net for net in chosen if net not in LAYERS]:
+    own, rest = flow_arguments(arguments, {"target": str, "run": str}, target="", run="demo")
+    nets = (own["target"].removeprefix("world_"),) if own["target"] else NETS
+    if nets[0] not in LAYERS:
         allowed = ", ".join(f"world_{net}" for net in LAYERS)
-        raise ValueError(f"{unknown[0]}: the demo needs planted units; allowed are {allowed}")
-    rest = [a for a in arguments if not a.startswith("target=")]
-    start, sweeps = time.monotonic(), {net: _sweep(net, rest) for net in chosen or NETS}
+        raise ValueError(f"target={own['target']}: the demo needs planted units; allowed are {allowed}")
+    start, sweeps = time.monotonic(), {net: _sweep(net, own["run"], rest) for net in nets}
     for sweep in sweeps.values():
         sweep.run()
     for net, sweep in sweeps.items():
@@ -42,15 +42,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _sweep(net: str, overrides: list[str]) -> Sweep:
-    own = [
-        f"target=world_{net}",
-        f"layers.names={LAYERS[net]}",
-        "vocabulary=world",
-        "neurons.twin=true",
-        f"run=demo-{net}",
-    ]
-    return Sweep(compose(["experiment=world", *own, *overrides]))
+def _sweep(net: str, run: str, overrides: list[str]) -> Sweep:
+    own = [f"target=world_{net}", f"layers.names={LAYERS[net]}", "vocabulary=world", "neurons.twin=true"]
+    config = compose(["experiment=world", *own, f"run={run}-{net}", *overrides])
+    if not all(uri.startswith("world://") for uri in config.probing.uris):
+        raise ValueError(f"probing.uri={config.probing.uri}: the demo needs drawn scenes, such as world://mine/500")
+    return Sweep(config)
 
 
 def _result(net: str, sweep: Sweep) -> list[str]:

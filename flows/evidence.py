@@ -57,7 +57,7 @@ class EvidenceStages:
 
     def _stage(self, job: Any, items: int, unit: str, alone: bool = False) -> None:
         """Run the worker that stands beside the job's class."""
-        self.manifest.save()
+        self.manifest.keep()
         worker = f"{type(job).__module__}:{type(job).__name__.removesuffix('Job')}Worker"
         work = Work(job.out, worker, job, self.manifest.num_parts(job.out), items, unit, alone)
         self.worked |= run_stage(work, self.config.cluster)

@@ -14,16 +14,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.config import Config, compose, flow_arguments
-from tasks.cleaning import class_rows, clean
+from flows.causes import check_causes
+from flows.config import Config, check_world, compose, flow_arguments
+from tasks.cleaning import clean
 from tasks.images import ImageReader
+from tasks.phrases import check_number, listed
 from tasks.pixels import BadImage, decode
 from tasks.plan import Estimate, Facts, Rates, Work, answered, money, seconds
 from tasks.plan_bytes import Words, made_up_words
 from tasks.plan_models import TargetSketch, sketch_clip, sketch_target, timed
 from tasks.plan_stages import Planner
 from tasks.probing import list_images
-from tasks.words import read_concepts
+from tasks.words import other_words
 
 LOOKED = 32
 """Images whose sizes are looked at, evenly over the list."""
@@ -61,14 +63,19 @@ def main(arguments: list[str]) -> int:
     print("\n".join([f"plan of run {config.run}: {_subject(facts)}", HEAD, *map(_text, lines), *_totals(lines)]))
     print(f"assumed: {', '.join(f'{key}={value:g}' for key, value in asdict(chosen).items() if value)}")
     if own["out"]:
-        pq.write_table(table(lines), own["out"])
+        try:
+            pq.write_table(table(lines), own["out"])
+        except OSError as error:
+            raise ValueError(f"out={own['out']}: cannot be written: {error}") from None
     return 0
 
 
 def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     """What the arithmetic needs beside the config. Raises ValueError for what makes a sweep refuse its config."""
+    check_world(config)
     rows, sizes = _images(config, images)
     target, clip = sketch_target(config.target, config.layers), sketch_clip(config.clip)
+    check_causes(config, target.layers, target.num_classes)
     judge = sketch_clip(config.judge) if config.judge else None
     names = _class_names(config, target, rows)
     prompts = [prompt.text for prompt in config.vocabulary.prompts(names)]
@@ -76,7 +83,7 @@ def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     crops, text = config.patches.crops.sizes, prompts[0] if prompts else ""
     words = Words(rows, concepts, sizes, clip.width, crops, text, target.layers[0].name)
     against = config.vocabulary.against
-    other = len(clean(read_concepts(None if against == "lexicon" else against), 12)[0]) if against else None
+    other = len(clean(other_words(against), 12)[0]) if against else None
     drawn = all(uri.startswith("world://") for uri in config.probing.uris) and bool(config.probing.uris)
     gpu = config.cluster.on_gpu("activations")
     dtypes = {"target": config.target.dtype, "clip": config.clip.dtype}
@@ -118,14 +125,11 @@ def _class_names(config: Config, target: TargetSketch, rows: list[dict[str, Any]
 def _concepts(config: Config, names: list[str], prompts: int) -> list[dict[str, Any]]:
     """The phrases that there will be; made-up ones for those that a language model is still to write."""
     settings = config.vocabulary
-    raw = read_concepts(settings.path) if settings.source == "lexicon" else []
-    raw += class_rows(names) if settings.uses_class_names else []
-    found = clean(raw, settings.max_words)[0]
+    found, skipped = clean(listed(settings, names), settings.max_words)
     if prompts:
         count = round(answered(prompts, settings.llm.max_tokens)) - len(found)
         found += made_up_words(max(count, 0), prompts)
-    if len(found) < 2:
-        raise ValueError(f"vocabulary.source={settings.source}: {len(found)} concepts found, at least 2 are needed")
+    check_number(found, skipped, settings)
     return found
 
 

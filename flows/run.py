@@ -116,6 +116,14 @@ class Run:
             self.changes[key] = why
         return folder
 
+    def keep(self) -> None:
+        """Write the manifest unless the one that is there lists all that has been planned so far.
+
+        So a finished run that is named again stays finished, whenever its second time is broken off.
+        """
+        if not self.stages.items() <= self.previous["stages"].items():
+            self.save()
+
     def save(self) -> None:
         """Write the manifest. It holds no secrets: the config has none."""
         found = {"run": self.name, "config": self.config, "stages": self.stages, "parts": self.parts}

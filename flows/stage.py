@@ -8,18 +8,22 @@ import ctypes
 import gc
 import importlib
 import logging
+import math
 import os
+import re
+import socket
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
+from flows.run import TABLES
 from tasks.store import Folder, PartReport, peak_mib
 
 log = logging.getLogger("axonym")
@@ -40,6 +44,20 @@ class Resources:
 
 
 @dataclass
+class StageResources:
+    """The same, where a stage differs from cluster.default; null where it does not."""
+
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    memory: int | None = None
+    workers: int | None = None
+    retries: int | None = None
+
+
+LEAST = {"num_cpus": 0.01, "num_gpus": 0, "memory": 1, "workers": 1, "retries": 0}
+
+
+@dataclass
 class ClusterSettings:
     ray: bool = True
     """False runs every stage in this process."""
@@ -52,7 +70,7 @@ class ClusterSettings:
     threads: int = 1
     """Torch threads of each worker; part of what decides the last bits of every number."""
     default: Resources = field(default_factory=Resources)
-    stages: dict[str, Resources] = field(default_factory=dict)
+    stages: dict[str, StageResources] = field(default_factory=dict)
     """Resources by stage, where they differ from the default."""
 
     def __post_init__(self) -> None:
@@ -62,9 +80,20 @@ class ClusterSettings:
             raise ValueError(f"cluster.wait={self.wait:g}: must be at least 0")
         if self.address and not self.ray:
             raise ValueError(f"cluster.address={self.address}: needs cluster.ray=true")
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ValueError(f"cluster.num_cpus={self.num_cpus}: must be at least 1")
+        if unknown := [stage for stage in self.stages if stage not in TABLES]:
+            raise ValueError(f"cluster.stages.{unknown[0]}: no such stage; allowed are {', '.join(TABLES)}")
+        given = {"default": self.default} | {f"stages.{stage}": need for stage, need in self.stages.items()}
+        for place, need in given.items():
+            for key, value in asdict(need).items():
+                if value is not None and not LEAST[key] <= value < math.inf:
+                    raise ValueError(f"cluster.{place}.{key}={value:g}: must be at least {LEAST[key]}")
 
     def resources(self, stage: str) -> Resources:
-        return self.stages.get(stage, self.default)
+        """`workers` is null where the stage has no number of its own."""
+        own = asdict(self.stages.get(stage, StageResources()))
+        return replace(self.default, **{k: v for k, v in own.items() if v is not None or k == "workers"})
 
     def on_gpu(self, stage: str) -> bool:
         """Whether the workers of a stage hold GPUs."""
@@ -123,8 +152,11 @@ class Host:
             out.store.put_json(f"{out.name}/reports/part-{part:05d}.json", asdict(report))
             return report
         except Exception as error:
+            reason, refused = " ".join(str(error).split())[:500], type(error) is ValueError
+            if refused and not os.environ.get("AXONYM_TRACEBACK"):
+                return PartReport(part, error=reason, refused=True)
             log.exception("%s part %d failed", self.path, part)
-            return PartReport(part, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            return PartReport(part, error=f"{type(error).__name__}: {reason}", refused=refused)
 
 
 def environment() -> None:
@@ -136,7 +168,8 @@ def environment() -> None:
 
 
 def run_stage(work: Work, cluster: ClusterSettings) -> bool:
-    """Make the missing parts; True if there were any. Raises StageFailed after all others are done."""
+    """Make the missing parts; True if there were any. Raises StageFailed after all others are done, and ValueError
+    where all that failed is the user's to mend."""
     name = work.folder.stage
     missing = sorted(set(range(work.parts)) - work.folder.done())
     if not missing:
@@ -152,6 +185,8 @@ def run_stage(work: Work, cluster: ClusterSettings) -> bool:
             bar.update(min(round(share), work.items - bar.n))
     print(summary(work, reports, time.perf_counter() - start), flush=True)
     failed = [r for r in reports if r.error]
+    if failed and all(r.refused for r in failed):
+        raise ValueError(failed[0].error)
     if failed:
         lines = "".join(f"\n  part {r.part}: {r.error}" for r in failed[:10])
         raise StageFailed(f"{name}: {len(failed)} of {work.parts} parts failed; run the same command again{lines}")
@@ -284,8 +319,10 @@ def start_ray(cluster: ClusterSettings) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if cluster.address:
         try:
+            if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", cluster.address):  # Ray itself waits for minutes
+                socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=5).close()
             ray.init(address=cluster.address, logging_level=logging.WARNING)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
             hint = "is Ray running there, with the same RAY_AUTH_MODE and token?"
             raise ValueError(f"cluster.address={cluster.address}: {hint} {' '.join(str(error).split())}") from None
     else:

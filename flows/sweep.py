@@ -25,10 +25,11 @@ from copy import copy
 from dataclasses import asdict, replace
 from typing import Any
 
-from flows.causes import CausesStages
-from flows.config import Config, compose, multirun
+from flows.causes import CausesStages, check_causes
+from flows.config import Config, check_world, compose, multirun
 from flows.evidence import MODEL
 from flows.run import Run
+from flows.stage import start_ray
 from flows.vocabulary import round_of
 from tasks.calibration import load
 from tasks.chance import ChanceJob
@@ -46,6 +47,7 @@ from tasks.scores import ScoresJob
 from tasks.store import Store
 from tasks.target import random_twin
 from tasks.validation import Judge, ValidationJob
+from tasks.words import other_words
 
 WORDS = ("answers", "phrases", "phrase_embeddings", "vocabulary")
 """Stages that make the vocabulary."""
@@ -58,6 +60,8 @@ def main(arguments: list[str]) -> int:
     if len({config.run for config in configs}) < len(configs):  # a fixed run= would overwrite itself
         configs = [replace(c, run=f"{c.run}-{number}") for number, c in enumerate(configs)]
     sweeps = [Sweep(config) for config in configs]
+    if configs[0].cluster.address:  # where nobody answers, nothing is written
+        start_ray(configs[0].cluster)
     for sweep in sweeps:
         sweep.run()
     if len(sweeps) > 1:
@@ -73,6 +77,7 @@ class Sweep(CausesStages):
     def __init__(self, config: Config) -> None:
         """Look at everything that can be wrong before anything is written or started. Raises ValueError."""
         self.config = config
+        check_world(config)
         self.manifest = Run(str(config.run), config.store, asdict(config))
         self.rows, self.stamp = list_images(config.probing)
         self.clip = clip_identity(config.clip)
@@ -82,7 +87,7 @@ class Sweep(CausesStages):
         self.class_names = names if config.vocabulary.uses_class_names else []
         self.words = identity(config.vocabulary, self.class_names)  # raises where its file or model is not there
         self.prompts = config.vocabulary.prompts(self.class_names)
-        self.check_causes()
+        check_causes(config, self.target.layers, self.target.num_classes)
         self.blocks = unit_blocks(self.target.layers, config.unit_block)
         self.num_units = sum(map(len, self.blocks))
         self.worked = False
@@ -104,6 +109,7 @@ class Sweep(CausesStages):
 
     def _against(self, path: str) -> "Sweep":
         """This sweep with the names of a word list."""
+        other_words(path)  # raises where it is not there
         words = VocabularySettings(path=None if path == "lexicon" else path, merge=self.config.vocabulary.merge)
         other = self.variant("lexicon", vocabulary=words, refine=RefineSettings())
         other.words, other.prompts, other.class_names = identity(words), [], []

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from flows.config import compose, flow_arguments
+from flows.config import compose, flow_arguments, make_folder
 from flows.run import Run
 from flows.stage import Work, run_stage
+from tasks.store import Folder
 from tasks.world.building import PARTS, WorldJob, write_words
 from tasks.world.files import VERSION
 
@@ -28,10 +29,11 @@ def main(arguments: list[str]) -> int:
     if not 0 < own["effort"] <= 1:
         raise ValueError(f"effort={own['effort']}: allowed is a share of the training steps, above 0 and up to 1")
     own["out"] = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(own["out"])
     run = Run(f"world-{folder.name}-{own['seed']}", config.store, own)
     done = run.plan("world", own | {"threads": config.cluster.threads, "drawing": VERSION}, len(PARTS), LIBRARIES)
     job = WorldJob(done, own["out"], own["seed"], own["effort"], config.cluster.threads)
+    _check_models(folder, done)
     run_stage(Work(done, "tasks.world.building:WorldWorker", job, len(PARTS), len(PARTS), "part"), config.cluster)
     run.save()
     write_words(folder)
@@ -41,6 +43,14 @@ def main(arguments: list[str]) -> int:
         print(f"{row['model']:<14} {row['value']:8.3f}  {row['measure']}")
     print(f"use it with  axonym demo world={folder}")
     return 0
+
+
+def _check_models(folder: Path, done: Folder) -> None:
+    """Raises ValueError where a model that was made is gone: the store says that its part is done."""
+    made = [name for part in sorted(done.done()) for name in PARTS[part]]
+    if lost := [m for m in made if not (folder / m).is_dir() and not (folder / f"{m}.safetensors").is_file()]:
+        place = done.store.path(done.name)
+        raise ValueError(f"out={folder}: {', '.join(lost)} was made and is gone; delete {place} to make all anew")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def _check_name(name: str, pretrained: str | None, key: str, check_pretrained: b
     if name.startswith("hf-hub:"):
         return
     if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.3)
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.3) or open_clip.list_models()[:6]
         raise ValueError(
             f"{key}.name={name}: unknown; allowed are a local folder or open_clip's models, such as {', '.join(near)}"
         )

@@ -49,8 +49,10 @@ class RefineSettings:
 
     def __post_init__(self) -> None:
         for key, least in (("rounds", 0), ("clusters", 1), ("sure", 0), ("same_name", 2), ("least", 0)):
-            if getattr(self, key) < least:
+            if not getattr(self, key) >= least:
                 raise ValueError(f"refine.{key}={getattr(self, key)}: must be at least {least}")
+        if self.least > 1:
+            raise ValueError(f"refine.least={self.least}: must be a share, at most 1")
 
 
 @dataclass

@@ -174,11 +174,17 @@ class Openai:
         self.settings, self.schema = settings, answer_schema(max_concepts)
 
     def ask(self, prompts: list[Prompt]) -> list[Said]:
-        """Raises ValueError where it refuses every prompt: the model's name or the schema is not to its liking."""
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            found = list(pool.map(self._one, prompts))
+        """Raises ValueError where there is no answer, or it refuses every prompt: the model's name or the schema."""
+        from openai import OpenAIError
+
+        try:
+            with ThreadPoolExecutor(self.settings.concurrency) as pool:
+                found = list(pool.map(self._one, prompts))
+        except OpenAIError as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"vocabulary.llm.url={self.client.base_url}: no answer: {reason}") from None
         if all(answer.text.startswith(REFUSED) for answer in found):
-            raise ValueError(f"vocabulary.llm.url={self.settings.url}: {' '.join(found[0].text.split())[:500]}")
+            raise ValueError(f"vocabulary.llm.url={self.client.base_url}: {' '.join(found[0].text.split())[:500]}")
         return found
 
     def _one(self, prompt: Prompt) -> Said:

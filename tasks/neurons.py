@@ -49,6 +49,10 @@ class NeuronsSettings:
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
             raise ValueError(f"neurons.q={self.q}: must lie between 0 and 1")
+        if not 0 < self.min_correlation < 1:
+            raise ValueError(f"neurons.min_correlation={self.min_correlation}: must lie between 0 and 1")
+        if not self.rival_gain >= 0:
+            raise ValueError(f"neurons.rival_gain={self.rival_gain}: must be at least 0")
         if self.twin_nets < 3:
             raise ValueError(
                 f"neurons.twin_nets={self.twin_nets}: must be at least 3, fewer do not tell how nets differ"

@@ -99,8 +99,17 @@ def answer_rows(answers: pa.Table, max_skipped: float) -> list[Raw]:
     ]
 
 
+def listed(settings: VocabularySettings, class_names: Iterable[str]) -> list[Raw]:
+    """The phrases that are there before a language model is asked."""
+    found = read_concepts(settings.path) if settings.source == "lexicon" else []
+    return found + (class_rows(class_names) if settings.uses_class_names else [])
+
+
 def identity(settings: VocabularySettings, class_names: Iterable[str] = ()) -> dict:
-    """What the stage's fingerprint must contain beyond the settings: the content of what they name."""
+    """What the stage's fingerprint must contain beyond the settings: the content of what they name.
+
+    Raises ValueError where it holds too few concepts, unless a language model is to write more.
+    """
     found, names = {"lexicon": fingerprint({"rows": read_concepts(None)})}, list(class_names)
     if settings.path is not None:
         found["file"] = fingerprint({"rows": read_concepts(settings.path)})
@@ -109,6 +118,8 @@ def identity(settings: VocabularySettings, class_names: Iterable[str] = ()) -> d
     if settings.asks:
         found["prompts"] = fingerprint({"ids": [p.prompt_id for p in settings.prompts(names)]})
         found |= llm_identity(settings.llm)
+    else:
+        check_number(*clean(listed(settings, names), settings.max_words), settings)
     return found
 
 
@@ -133,15 +144,14 @@ class PhrasesWorker:
     def run(self, part: int) -> PartReport:
         report, settings, names = PartReport(part), self.job.settings, self.job.class_names
         with report.phase("read"):
-            raw = read_concepts(settings.path) if settings.source == "lexicon" and not self.job.alone else []
-            raw += class_rows(names) if settings.uses_class_names and not self.job.alone else []
+            raw = [] if self.job.alone else listed(settings, names)
             if self.job.answers is not None:
                 limit = 1 if self.job.alone else settings.llm.max_skipped  # a round of a few answers may lose them
                 raw += answer_rows(self.job.answers.read_all("answers"), limit)
         with report.phase("compute"):
             rows, skipped = clean(raw, settings.max_words)
         if not self.job.alone:
-            _check_number(rows, skipped, settings)
+            check_number(rows, skipped, settings)
         table = _phrases_table(rows, settings)
         with report.phase("write"):
             self.job.out.write(part, {"phrases": table})
@@ -149,7 +159,8 @@ class PhrasesWorker:
         return report
 
 
-def _check_number(rows: list[dict], skipped: Counter, settings: VocabularySettings) -> None:
+def check_number(rows: list[dict], skipped: Counter, settings: VocabularySettings) -> None:
+    """Raises ValueError where there are too few concepts to choose from."""
     if len(rows) < 2:
         source = f"vocabulary.source={settings.source}" + (f" vocabulary.path={settings.path}" if settings.path else "")
         reasons = ", ".join(f"{reason}: {n}" for reason, n in skipped.items()) or "nothing"

@@ -77,8 +77,9 @@ class Rates:
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            if value < 0 or (value == 0 and not key.endswith("_hour") and key != "start"):
-                raise ValueError(f"{key}={value:g}: must be above 0")
+            free = key.endswith("_hour") or key == "start"
+            if not 0 <= value < math.inf or (value == 0 and not free):
+                raise ValueError(f"{key}={value:g}: must be {'at least' if free else 'above'} 0, and finite")
 
 
 class Settings(Protocol):

@@ -65,6 +65,8 @@ class ProbingSettings:
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6 or self.explain == 0:
             found = ", ".join(f"probing.{s}={v}" for s, v in shares.items())
             raise ValueError(f"{found}: shares must be at least 0, sum to 1, and explain must be above 0")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"probing.max_skipped={self.max_skipped}: must be a share, from 0 to 1")
         if self.half not in (None, 0, 1):
             raise ValueError(f"probing.half={self.half}: allowed are 0, 1 and null")
         if self.batch_size < 1:

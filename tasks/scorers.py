@@ -35,6 +35,8 @@ class Scorer:
 
 
 SCORERS: dict[str, Scorer] = {}
+SHARES = ("p_start", "p_end", "share", "top_fraction")
+"""Parameters that are at most 1."""
 SORTED = 2**24
 """Similarities that rank_reorder sorts at once."""
 
@@ -50,12 +52,17 @@ class ScorerSettings:
     def __post_init__(self) -> None:
         if self.name not in SCORERS:
             raise ValueError(f"scorer.name={self.name}: allowed are {', '.join(SCORERS)}")
-        allowed = list(inspect.signature(SCORERS[self.name].score).parameters)[1:]
-        for key in self.params:
-            if key not in allowed:
-                raise ValueError(
-                    f"scorer.params.{key}: unknown for {self.name}; allowed are {', '.join(allowed) or 'none'}"
-                )
+        _, *parameters = inspect.signature(SCORERS[self.name].score).parameters.values()
+        known = {parameter.name: parameter.default for parameter in parameters}
+        for key, value in self.params.items():
+            if key not in known:
+                allowed = ", ".join(known) or "none"
+                raise ValueError(f"scorer.params.{key}: unknown for {self.name}; allowed are {allowed}")
+            kind, least, most = (int, 1, 10**6) if isinstance(known[key], int) else (int | float, 0, 1e6)
+            most = 1 if key in SHARES else most
+            if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+                whole = "whole numbers" if kind is int else "numbers"
+                raise ValueError(f"scorer.params.{key}={value}: allowed are {whole} from {least} to {most:,}")
         if self.keep < 1:
             raise ValueError(f"scorer.keep={self.keep}: must be at least 1")
 

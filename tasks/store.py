@@ -28,8 +28,11 @@ import pyarrow.parquet as pq
 from tasks import tables
 from tasks.decoding import prefetch
 
-SECRET = r".*(access_?key|secret|token|passw(or)?d|credential|connection_string).*|.*key"
-"""Names of options that are not allowed."""
+_SECRETS = r"access_?key|api_?key|secret|passw(or)?d|pwd|credential|connection_string|authorization|cookie"
+SECRET = rf".*({_SECRETS}|token).*|.*key|auth|(.*_)?sas"
+"""Names of file system options that are not allowed."""
+SECRET_ARGUMENT = rf".*({_SECRETS}|(access|api|auth|hf)_?token).*|auth|token"
+"""Names of other arguments that are not: models have class_token, and keys of their own."""
 
 
 @dataclass
@@ -45,13 +48,17 @@ class StoreSettings:
         refuse_secrets("store.options", self.options)
 
 
-def refuse_secrets(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError where an option, at any depth, is a secret by its name: options are written into the manifest."""
-    for key, value in options.items():
-        if re.fullmatch(SECRET, str(key), re.IGNORECASE):
-            raise ValueError(f"{name}.{key}: secrets come from the environment (AWS_SECRET_ACCESS_KEY, ...)")
-        if isinstance(value, Mapping):
-            refuse_secrets(f"{name}.{key}", value)
+def refuse_secrets(name: str, value: Any, secret: str = SECRET) -> None:
+    """ValueError where a key, at any depth, is a secret by its name, or a URI holds a password: all of it is written
+    into the manifest."""
+    instead = "secrets come from the environment (AWS_SECRET_ACCESS_KEY, ...)"
+    if isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]+@", value):
+        raise ValueError(f"{name}: a URI with a password; {instead}")
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in pairs:
+        if re.fullmatch(secret, str(key), re.IGNORECASE):
+            raise ValueError(f"{name}.{key}: {instead}")
+        refuse_secrets(f"{name}.{key}", inner, secret)
 
 
 class Store:
@@ -236,6 +243,8 @@ class PartReport:
     peak_mib: int = 0
     """Largest resident memory of the worker's process so far."""
     error: str | None = None
+    refused: bool = False
+    """Whether the error is a plain ValueError, the user's to mend; libraries' own kinds of it are failures."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

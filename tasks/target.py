@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -66,6 +67,10 @@ class TargetSettings:
             value = self.preprocess.get(key, [1] * count)
             if not isinstance(value, list | tuple) or len(value) != count or not all(map(_is_number, value)):
                 raise ValueError(f"target.preprocess.{key}={value}: must be a list of {count} numbers")
+        if min(self.preprocess.get("std", [1])) <= 0:
+            raise ValueError(f"target.preprocess.std={self.preprocess['std']}: must be above 0")
+        if self.prefix_tokens is not None and self.prefix_tokens < 0:
+            raise ValueError(f"target.prefix_tokens={self.prefix_tokens}: must be at least 0")
         for key, choices in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
             if self.preprocess.get(key, next(iter(choices))) not in choices:
                 raise ValueError(f"target.preprocess.{key}={self.preprocess[key]}: allowed are {', '.join(choices)}")
@@ -197,6 +202,8 @@ def _open_clip(settings: TargetSettings) -> Target:
 
 def _factory(settings: TargetSettings) -> Target:
     place, _, function = settings.name.rpartition(":")
+    beside = os.path.dirname(os.path.abspath(place)) if place.endswith(".py") else os.getcwd()
+    sys.path.insert(0, beside)  # as for a script that is run: it may import what lies beside it
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location("axonym_factory_" + Path(place).stem, os.path.abspath(place))
@@ -210,6 +217,8 @@ def _factory(settings: TargetSettings) -> Target:
     except (ImportError, OSError, AttributeError, TypeError, ValueError) as error:
         expected = "expected file.py:function or package.module:function that returns a torch module"
         raise ValueError(f"target.name={settings.name}: {expected}: {error}") from None
+    finally:
+        sys.path.remove(beside)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"target.name={settings.name}: the function returned {type(model).__name__}, not a torch module"

@@ -30,8 +30,16 @@ class Raw(NamedTuple):
     """Class names are kept whatever they look like: evaluation needs the concept of each output."""
 
 
-def read_concepts(path: str | None) -> list[Raw]:
-    """Rows of a word list as they stand, empty and duplicate ones included; None is the shipped lexicon."""
+def other_words(path: str) -> list[Raw]:
+    """Of vocabulary.against, where the shipped lexicon has a name."""
+    return read_concepts(None if path == "lexicon" else path, "vocabulary.against")
+
+
+def read_concepts(path: str | None, key: str = "vocabulary.path") -> list[Raw]:
+    """Rows of a word list as they stand, empty and duplicate ones included; None is the shipped lexicon.
+
+    Raises ValueError naming `key` where it cannot be read.
+    """
     path = str(LEXICON) if path is None else path
     name = path.rstrip("/").rsplit("/", 1)[-1]
     try:
@@ -43,7 +51,7 @@ def read_concepts(path: str | None) -> list[Raw]:
         return _json_rows(json.loads(text), name) if name.endswith(".json") else _text_rows(text, name)
     except (OSError, ImportError, ValueError, RecursionError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"vocabulary.path={path}: {reason}; expected {EXPECTED}") from None
+        raise ValueError(f"{key}={path}: {reason}; expected {EXPECTED}") from None
 
 
 def _text_rows(text: str, name: str) -> list[Raw]:

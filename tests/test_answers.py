@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.config import WORLD
-from flows.stage import ClusterSettings, StageFailed, Work, run_stage
+from flows.stage import ClusterSettings, Work, run_stage
 from tasks.answers import AnswersJob, AnswersWorker
 from tasks.cleaning import clean
 from tasks.llm import LlmSettings, answer_schema, check_budget, check_llm, llm_identity, most_tokens, parse_answer
@@ -394,7 +394,7 @@ def test_a_prompt_that_a_server_refuses_costs_no_other(tmp_path, scripted):
     asked, _ = most_tokens(todo.job.settings, todo.job.prompts[:1])
     assert worker._used() == (asked + 14, 10)
     handler.forbidden = ("gun", "hen", "cock")
-    with pytest.raises(ValueError, match=rf"^vocabulary.llm.url={url}: refused: Error code: 400"):
+    with pytest.raises(ValueError, match=rf"^vocabulary.llm.url={url}/: refused: Error code: 400"):
         AnswersWorker(replace(todo.job, out=replace(todo.job.out, fingerprint="again"))).run(0)
 
 
@@ -416,13 +416,22 @@ def test_of_two_that_ask_at_once_the_first_answers_stay(tmp_path, scripted):
     assert (report.rows, report.skipped) == ({"answers": len(PROMPTS), "tokens": 5 * len(PROMPTS)}, {})
 
 
+def test_no_server_is_one_line_with_its_address(tmp_path, caplog):
+    settings = LlmSettings("openai", "m", url="http://127.0.0.1:9/v1", retries=0)
+    with pytest.raises(
+        ValueError, match=r"^vocabulary\.llm\.url=http://127\.0\.0\.1:9/v1/: no answer: APIConnectionError"
+    ):
+        run_stage(work(tmp_path, settings), HERE)
+    assert not caplog.records
+
+
 def test_a_ceiling_stops_the_stage_and_loses_nothing(tmp_path, scripted):
     handler, url = scripted
     most = sum(most_tokens(LlmSettings(max_tokens=50), PROMPTS[2:4]))
     settings = LlmSettings(
         "openai", "m", url=url, shard_size=2, max_tokens=50, max_total_tokens=most
     )  # not after part 0
-    with pytest.raises(StageFailed, match=rf"max_total_tokens={most}: \d+ tokens are used, 2 prompts more can take"):
+    with pytest.raises(ValueError, match=rf"max_total_tokens={most}: \d+ tokens are used, 2 prompts more can take"):
         run_stage(work(tmp_path, settings), HERE)
     done = work(tmp_path, settings).folder.done()
     assert done  # one of the first two, and the last, which is small
@@ -517,13 +526,13 @@ def test_a_real_server(tmp_path, monkeypatch, real_server):
     settings = LlmSettings("openai", "world", url=f"{real_server.url}/v1", shard_size=3, max_tokens=256, retries=0)
     monkeypatch.setenv("OPENAI_API_KEY", "another-key")
     real_server.wait()
-    with pytest.raises(StageFailed, match="AuthenticationError"):
+    with pytest.raises(ValueError, match="AuthenticationError"):
         run_stage(work(tmp_path, settings), HERE)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     assert run_stage(work(tmp_path, settings), HERE)
     os.killpg(real_server.process.pid, 9)
     real_server.process.wait()
     check_answers(work(tmp_path, settings).folder)
-    with pytest.raises(StageFailed, match="APIConnectionError"):
+    with pytest.raises(ValueError, match="APIConnectionError"):
         run_stage(work(tmp_path / "later", settings), HERE)
     assert not run_stage(work(tmp_path, settings), HERE), "no server is needed for what has been asked"

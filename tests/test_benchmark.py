@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from flows.benchmark import main as benchmark
-from flows.benchmark import tables
+from flows.benchmark import tables, tradeoff
 from flows.cli import run_flow
 from flows.config import compose
 from flows.run import load_run
@@ -229,6 +229,13 @@ def test_same_command_computes_nothing(judged, capsys):
 def test_impossible_arguments(argument, expected, capsys):
     assert run_flow(benchmark, [argument]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_tradeoff_where_no_final_unit_has_its_class_name():
+    row = {"scorer": "auc", "lower": 0, "upper": 0, "units": 1}
+    first = row | {"subject": "classes", "measure": "first", "value": 0.0}
+    follows = row | {"subject": "hidden", "measure": "correlation", "value": 0.0}
+    assert "auc" in str(tradeoff([first, follows]))
 
 
 def test_tables_have_a_column_per_scorer():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flows.calibrate import known, main
 from flows.config import compose
-from flows.run import load_run
+from flows.run import Run, load_run
 from flows.sweep import Sweep
 from tasks.calibration import (
     FEATURES,
@@ -26,6 +26,7 @@ from tasks.calibration import (
     save,
 )
 from tasks.charts import Axis, Point, chart
+from tasks.store import StoreSettings
 from tests import samples
 
 
@@ -185,6 +186,12 @@ def test_runs_of_one_source_are_refused(tmp_path):
     finished(tmp_path, "one", WORDS)
     with pytest.raises(ValueError, match=r"^runs=one,one: all of test_resnet; give runs of two worlds or targets"):
         main(["runs=one,one", f"store.root={tmp_path}/store"])
+
+
+def test_what_is_no_sweep_is_refused(tmp_path):
+    Run("world-x", StoreSettings(f"{tmp_path}/store"), {"out": "x"}).save()
+    with pytest.raises(ValueError, match=r"^runs=world-x: world-x is not the run of a sweep"):
+        main(["runs=world-x", f"store.root={tmp_path}/store"])
 
 
 def test_chart_names_every_point_once_and_apart():

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pytest
 
 from flows import sweep
-from flows.cli import run_flow
+from flows.cli import main, run_flow
 from flows.config import CONF, compose, groups, multirun
 from flows.run import load_run
+from flows.stage import Resources
 from tasks.clip import JudgeSettings
 from tasks.discovery import find_layers
 from tasks.layers import LayersSettings
@@ -59,17 +60,41 @@ def test_every_choice_of_every_group_composes(group):
         ("layers.names=[]", "layers.names is empty: allowed are mlp, residual, conv, logits, all, heads, sae and"),
         ("scorer.name=best", "scorer.name=best: allowed are mean_cosine, contrastive, weighted_mean, correlation"),
         ("scorer.params.top=3", "scorer.params.top: unknown for joint; allowed are top_k, a"),
+        ("scorer.params.top_k=abc", "scorer.params.top_k=abc: allowed are whole numbers from 1"),
+        ("scorer.params.top_k=0", "scorer.params.top_k=0: allowed are whole numbers from 1"),
+        ("scorer.params.a=true", "scorer.params.a=True: allowed are numbers from 0"),
         ("probing.pooled_max=0", "probing.pooled_max=0: must be above 0 for scorer.name=joint"),
         ("target.dtype=int8", "target.dtype=int8: allowed are auto, float32, float16, bfloat16"),
         ("target.source=keras", "target.source=keras: allowed are torchvision, timm, open_clip, factory"),
         ("target.preprocess.crop=3", "target.preprocess.crop: unknown key; allowed are size, resize_to"),
         ("clip.templates=[photo]", "clip.templates=['photo']: each template needs exactly one {}"),
         ("store.options.secret=x", "store.options.secret: secrets come from the environment"),
+        ("target.kwargs.api_key=x", "target.kwargs.api_key: secrets come from the environment"),
+        ("vocabulary.llm.engine.a=[{auth: x}]", "vocabulary.llm.engine.a.0.auth: secrets come from"),
+        ("store.root=s3://me:word@bucket/x", "store.root: a URI with a password; secrets come from"),
+        ("probing.uri=[a,'http://me:word@host/x']", "probing.uri.1: a URI with a password"),
+        ("target.checkpoint=ftp://:word@host/x.pt", "target.checkpoint: a URI with a password"),
         ("judge=vit_l_15", "judge=vit_l_15: unknown; allowed are folder, open_clip, siglip_b_16, vit_b_32, vit_l_14"),
         ("judge.nam=x", "judge.nam: unknown key (did you mean name?); allowed are name, pretrained, templates"),
         ("judge.name=x", "judge.name=x: there is no judge to change; choose one too, for example judge=vit_l_14"),
         ("run=a/b", "run=a/b: allowed are letters, digits and . _ + -"),
+        ("target.preprocess.std=[1,1,0]", "target.preprocess.std=[1, 1, 0]: must be above 0"),
+        ("target.prefix_tokens=-1", "target.prefix_tokens=-1: must be at least 0"),
+        ("neurons.min_correlation=1", "neurons.min_correlation=1.0: must lie between 0 and 1"),
+        ("neurons.rival_gain=-1", "neurons.rival_gain=-1.0: must be at least 0"),
+        ("probing.max_skipped=2", "probing.max_skipped=2.0: must be a share, from 0 to 1"),
+        ("refine.least=2", "refine.least=2.0: must be a share, at most 1"),
         ("cluster.threads=0", "cluster.threads=0: must be at least 1"),
+        ("cluster.num_cpus=0", "cluster.num_cpus=0: must be at least 1"),
+        ("cluster.default.workers=0", "cluster.default.workers=0: must be at least 1"),
+        ("cluster.stages.scores.num_gpus=-1", "cluster.stages.scores.num_gpus=-1: must be at least 0"),
+        ("cluster.stages.activation.num_gpus=1", "cluster.stages.activation: no such stage; allowed are listing, "),
+        ("store=s3", "store.root is empty: give a folder or a URI"),
+        ("target=timm", "target.name is missing"),
+        ("target=factory", "target.name is missing"),
+        ("clip=folder", "clip.name is missing"),
+        ("clip=open_clip", "clip.name is missing"),
+        ("judge=folder", "judge.name is missing"),
         ("probing", "probing: expected key=value"),
         ("probing.uri=[a", "probing.uri=[a:"),
     ],
@@ -98,6 +123,10 @@ def test_free_text_and_free_keys():
     assert config.target.kwargs == {"img_size": 96}
     assert compose(["scorer=soft_wpmi", "scorer.params.a=100"]).scorer.params == {"a": 100}
     assert compose(["cluster.stages.activations.num_gpus=1"]).cluster.resources("activations").num_gpus == 1
+    some = ["cluster.stages.scores.num_gpus=0.5", "cluster.stages.scores.retries=1", "cluster.default.memory=9"]
+    found = compose([*some, "cluster.default.num_cpus=2", "cluster.default.workers=8"]).cluster
+    assert found.resources("scores") == Resources(2, 0.5, 9, None, 1)
+    assert found.resources("answers") == Resources(2, 0, 9, None, 3)
     assert compose(["cluster=gpu"]).cluster.resources("embeddings").num_gpus == 1
     assert compose(["cluster=gpu"]).cluster.resources("exemplars").num_gpus == 0
 
@@ -139,17 +168,28 @@ def test_runs_are_named_after_what_they_do():
         ["scorer=soft_wpmi", "clip=vit_b_32"],
         ["target=world_vit", "layers=mlp"],
         ["probing.uri=world://mine/40", "vocabulary=class_names"],
+        ["probing.uri=[world://a/5,world://b/5]"],
+        ["probing.uri=['world://a/5', \"world://b/5\"]"],
     ],
 )
 def test_a_sweep_without_model_or_images_is_one_of_the_drawn_world(overrides):
     config = compose(overrides)
     assert config == compose([*overrides, "experiment=world"])
     assert config.target.checkpoint.startswith(f"{config.world}/")
-    assert config.probing.uri.startswith("world://")
+    assert all(uri.startswith("world://") for uri in config.probing.uris)
     assert config.clip.name == ("ViT-B-32" if "clip=vit_b_32" in overrides else f"{config.world}/clip")
 
 
-@pytest.mark.parametrize("own", ["target=resnet50", "probing.uri=world_photos", "probing=folder", "experiment=null"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        "target=resnet50",
+        "probing.uri=world_photos",
+        "probing.uri=[world://a/5,photos]",
+        "probing=folder",
+        "experiment=null",
+    ],
+)
 def test_the_worlds_clip_never_meets_other_models_or_images_unasked(own):
     config = compose([own])
     assert (config.clip.name, config.vocabulary.path) == ("ViT-B-32", None)
@@ -181,7 +221,44 @@ def test_the_worlds_architectures(target):
     assert layers[0].prefix == {"world_resnet": 0, "world_vit": 1, "world_vit_registers": 5}[target]
 
 
+ODD = [
+    "a#b&c;d=e",
+    "{photos}/x",
+    "Möwen am Meer/é",
+    "it's \\'ours'",
+    "ends in \\",
+    "a\\b",
+    "photos (1)",
+    "a, b: c",
+    "1e5",
+    "%$!*?@",
+]
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_paths_are_free_text(path):
+    """They mean nothing in Hydra's grammar; without a comma not in that of --multirun either."""
+    keys = ("probing.uri", "target.checkpoint", "vocabulary.path", "store.root", "clip.name", "probing.labels")
+    overrides = ["target=resnet50", *(f"{key}={path}" for key in keys)]
+    for given in [overrides, *([] if "," in path else multirun(overrides))]:
+        found = compose(given)
+        values = [found.probing.uri, found.target.checkpoint, found.vocabulary.path, found.store.root, found.clip.name]
+        assert [*values, found.probing.labels] == [path] * len(keys)
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = compose(["probing.uri=~/photos", "vocabulary.path=~/words.txt"])
+    assert (found.probing.uri, found.vocabulary.path) == ("/home/me/photos", "/home/me/words.txt")
+
+
 def test_multirun_is_the_product():
+    assert multirun(["vocabulary.path=null,x y.txt", "experiment=world"]) == [
+        ["vocabulary.path=null", "experiment=world"],
+        ["vocabulary.path=x y.txt", "experiment=world"],
+    ]
+    assert multirun(["scorer.name=choice(auc,linear)"]) == [["scorer.name=auc"], ["scorer.name=linear"]]
+    assert multirun(["vocabulary.domain='a, b'"]) == [["vocabulary.domain='a, b'"]]
     jobs = multirun(["scorer=contrastive,soft_wpmi", "patches.k=3,4", "run=x", "probing.uri=[a,b]"])
     assert len(jobs) == 4
     assert jobs[0] == ["scorer=contrastive", "patches.k=3", "run=x", "probing.uri=[a,b]"]
@@ -200,6 +277,24 @@ def test_flows_are_listed():
         assert f"axonym {flow} " in done.stdout
 
 
+def test_help_lists_groups_and_keys(monkeypatch, capsys):
+    for flow, shown in (("sweep", True), ("bench", False)):
+        monkeypatch.setattr(sys, "argv", ["axonym", flow, "--help"])
+        assert main() == 0
+        said = capsys.readouterr().out
+        assert f"axonym {flow} " in said
+        assert ("store=local|s3" in said and "store: root, options" in said) == shown
+
+
+def test_a_flow_that_is_broken_off_says_whether_it_goes_on(capsys):
+    def broken(arguments):
+        raise KeyboardInterrupt
+
+    assert [run_flow(broken, []), run_flow(broken, [], resumes=False)] == [130, 130]
+    goes_on, starts_anew = capsys.readouterr().err.splitlines()
+    assert (goes_on.endswith("goes on from here"), starts_anew) == (True, "axonym: interrupted")
+
+
 def test_mistakes_end_the_command_and_write_nothing(tmp_path, capsys):
     """Exit code 2, one line, no traceback, nothing in the store; the first through the command line."""
     arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", "cluster=none"]
@@ -211,6 +306,13 @@ def test_mistakes_end_the_command_and_write_nothing(tmp_path, capsys):
         (f"vocabulary.path={tmp_path}/nowhere.txt", "axonym: vocabulary.path="),
         (f"target.name={tmp_path}/nowhere.py:load", "axonym: target.name="),
         (f"target.checkpoint={tmp_path}/words.txt", "axonym: target.checkpoint="),
+        ("vocabulary.against=nowhere.txt", "axonym: vocabulary.against=nowhere.txt: "),
+        ("world=nowhere", "axonym: world=nowhere: no such folder; axonym world out=nowhere makes one"),
+        (
+            "clip.name=zzz",
+            "axonym: clip.name=zzz: unknown; allowed are a local folder or open_clip's models, such as co",
+        ),
+        ("vocabulary.path=\x1b[31m", r"axonym: vocabulary.path=\x1b[31m: "),
         ("clip.name=ViT-B-33", "axonym: clip.name=ViT-B-33: unknown; allowed are a local folder or"),
     ]:
         assert run_flow(sweep.main, [*arguments, wrong]) == 2
@@ -240,6 +342,17 @@ def test_no_cluster_to_join_is_one_line(tmp_path, monkeypatch):
     assert done.returncode == 2, done.stderr
     assert "axonym: cluster.address=auto: is Ray running there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999", "nosuch.invalid:123"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path, monkeypatch, capsys, address):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    arguments = [*samples.sweep_arguments(tmp_path), f"store.root={tmp_path}/store", f"cluster.address={address}"]
+    assert run_flow(sweep.main, arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"axonym: cluster.address={address}: is Ray running there")
+    assert said.count("\n") == 1
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
 
 
 def check_comparison(printed: str, root: Path) -> None:

@@ -41,6 +41,30 @@ def test_demo_names_planted_neurons(few, capsys):
     assert redrawn.num_rows > 300
 
 
-def test_demo_refuses_targets_without_truth(capsys):
-    assert run_flow(demo, ["target=resnet50"]) == 2
-    assert "allowed are world_resnet" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("target=resnet50", "target=resnet50: the demo needs planted units; allowed are world_resnet"),
+        ("target=world_foo", "target=world_foo: the demo needs planted units"),
+        ("probing.uri=photos", "probing.uri=photos: the demo needs drawn scenes"),
+        ("probing.uri=[world://a/5,photos]", "probing.uri=['world://a/5', 'photos']: the demo needs drawn scenes"),
+    ],
+)
+def test_demo_refuses_what_has_no_truth(capsys, wrong, message):
+    assert run_flow(demo, [wrong]) == 2
+    assert capsys.readouterr().err.startswith(f"axonym: {message}")
+
+
+def test_each_net_has_a_run_of_its_own(monkeypatch):
+    runs = []
+
+    class Planned:
+        def __init__(self, config):
+            runs.append(config.run)
+
+        def run(self):
+            raise ValueError("enough")
+
+    monkeypatch.setattr("flows.demo.Sweep", Planned)
+    assert [run_flow(demo, arguments) for arguments in ([], ["run=mine"], ["run=mine", "target=world_vit"])] == [2] * 3
+    assert runs == ["demo-resnet", "demo-vit", "mine-resnet", "mine-vit", "mine-vit"]

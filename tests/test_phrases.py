@@ -385,7 +385,11 @@ def test_identity_changes_with_what_the_settings_name(tmp_path):
     model.mkdir()
     (model / "config.json").write_text("{}")
     lists, llm = VocabularySettings(path=str(words)), replace(LLM, llm=LlmSettings(model=str(model)))
-    first = [identity(lists), identity(llm, ["hen"]), identity(VocabularySettings(source="class_names"), ["hen"])]
+    first = [
+        identity(lists),
+        identity(llm, ["hen"]),
+        identity(VocabularySettings(source="class_names"), ["hen", "egg"]),
+    ]
     assert first[0] == identity(lists, ["ignored"])
     assert len({json.dumps(found) for found in first}) == 3
     words.write_text("dog\ncow\n")
@@ -467,6 +471,7 @@ def test_too_small_a_vocabulary_is_refused(tmp_path):
         worker(tmp_path, VocabularySettings(source="class_names"), ("hen", "Hen")).run(0)
     (tmp_path / "places.txt").write_text("/a/airfield 0\n/a/alley 1\n")
     settings = VocabularySettings(path=str(tmp_path / "places.txt"))
-    with pytest.raises(ValueError, match=r"vocabulary\.path=.*left out: markup or path: 2"):
-        worker(tmp_path, settings).run(0)
+    for refuses in (lambda: identity(settings), lambda: worker(tmp_path, settings).run(0)):
+        with pytest.raises(ValueError, match=r"vocabulary\.path=.*left out: markup or path: 2"):
+            refuses()
     assert not list(tmp_path.rglob("*.parquet"))

@@ -111,6 +111,12 @@ def test_nothing_is_loaded_downloaded_or_written(tmp_path, monkeypatch, capsys):
         ("images=many", "images=many: expected a int"),
         ("measure=yes", "measure=yes: allowed are true, false"),
         ("cpu_gflops=0", "cpu_gflops=0: must be above 0"),
+        ("cpu_gflops=inf", "cpu_gflops=inf: must be above 0, and finite"),
+        ("gpu_hour=nan", "gpu_hour=nan: must be at least 0, and finite"),
+        ("world=nowhere", "world=nowhere: no such folder"),
+        ("vocabulary.against=nowhere.txt", "vocabulary.against=nowhere.txt: "),
+        ("out=nowhere/plan.parquet", "out=nowhere/plan.parquet: cannot be written"),
+        ("out=.", "out=.: cannot be written"),
         (
             "probing.uri=nowhere",
             "probing.uri=nowhere: no images of format folder: nothing there; a plan without",
@@ -124,6 +130,11 @@ def test_mistakes_are_one_clear_line(argument, message, tmp_path, monkeypatch):
         plan.main([argument])
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_what_the_ablation_refuses_is_refused():
+    with pytest.raises(ValueError, match=r"^ablation\.positions=prefix: no chosen layer has prefix tokens"):
+        plan.look(compose(["ablation.pairs=4", "ablation.positions=prefix"]))
 
 
 @given(st.floats(1, 1e8), st.floats(1, 1e8), st.floats(0.05, 50))

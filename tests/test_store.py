@@ -5,6 +5,7 @@ table comes last; the same table gives the same bytes; nothing secret and nothin
 import contextlib
 import json
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -371,6 +372,8 @@ def test_hash64_is_the_same_everywhere():
     [
         {"key": "x"},
         {"secret": "x"},
+        *({name: "x"} for name in ("Authorization", "auth", "cookie", "pwd", "sas", "blob_sas")),
+        {"headers": [{"Cookie": "x"}]},
         {"token": "x"},
         {"db_password": "x"},
         {"SECRET": "x"},
@@ -385,8 +388,8 @@ def test_hash64_is_the_same_everywhere():
 def test_secrets_are_refused(options):
     with pytest.raises(ValueError, match=r"^store\.options\.[\w.]+: secrets come from the environment") as caught:
         StoreSettings(root="s3://bucket", options=options)
-    names = json.dumps(options).replace('"', "").replace("{", "").replace(":", "").split()
-    assert all(name.rstrip("}").rstrip("x") in str(caught.value) for name in names)
+    names = re.findall(r'"(\w+)":', json.dumps(options))
+    assert all(name in str(caught.value) for name in names)
 
 
 def test_harmless_options_are_passed_on(tmp_path):

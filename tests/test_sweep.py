@@ -3,19 +3,23 @@
 One reference sweep in this process; everything else is compared with its tables.
 """
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from flows.config import compose
 from flows.run import TABLES, load_run
-from flows.stage import StageFailed, Work, run_stage
+from flows.stage import ClusterSettings, StageFailed, Work, run_stage
 from flows.sweep import Sweep
+from tasks.store import Folder, StoreSettings
 from tests import killing, samples
 
 OTHERS = (
@@ -81,6 +85,22 @@ def test_second_run_does_nothing_and_says_so(drawn, reference, capsys):
     assert not sweep(drawn, reference, "cluster=local").worked
     assert "everything was done already" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*.parquet")}
+
+
+def test_a_finished_run_stays_finished_when_its_second_time_is_broken_off(drawn, reference, tmp_path):
+    """Until something differs; from there on the manifest lists what the new settings need."""
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    manifest = (tmp_path / "runs/drawn/run.json").read_bytes()
+    run_until_activations(Sweep(compose([*drawn, f"store.root={tmp_path}", "cluster=none"])))
+    assert (tmp_path / "runs/drawn/run.json").read_bytes() == manifest
+    other = Sweep(compose([*drawn, f"store.root={tmp_path}", "cluster=none", "vocabulary.merge=0.9"]))
+    run_until_activations(other)
+    listed = load_run(other.config.store, "drawn").stages
+    assert [stage for stage, found in json.loads(manifest)["stages"].items() if listed.get(stage) == found] == STAGES[
+        :5
+    ]
+    assert list(listed) == list(other.manifest.stages)
+    assert len(listed) < len(STAGES)
 
 
 def test_missing_part_alone_is_made_again(drawn, reference, tmp_path, capsys):
@@ -219,6 +239,33 @@ def test_part_that_always_fails_is_reported(drawn, tmp_path):
     with pytest.raises(StageFailed, match=r"1 of 3 parts failed; run the same command again\n  part 1: OSError: no"):
         flow.activations()
     assert flow.folder("activations").done() == {0, 2}
+
+
+@pytest.mark.parametrize(("worker", "kind"), [("Refuses", ValueError), ("RefusesOrFails", StageFailed)])
+def test_what_the_user_can_mend_is_one_line_wherever_it_is_found(tmp_path, caplog, worker, kind):
+    """No traceback and no advice to try again; but a part that failed otherwise may be mended by that."""
+    job = SimpleNamespace(out=Folder(StoreSettings(str(tmp_path)), "causes", "x", TABLES["causes"]))
+    work = Work(job.out, f"tests.test_sweep:{worker}", job, 2, 2, "part")
+    with pytest.raises(kind) as error:
+        run_stage(work, ClusterSettings(ray=False))
+    assert ("run the same command again" in str(error.value)) == bool(caplog.records) == (kind is StageFailed)
+    if kind is ValueError:
+        assert str(error.value) == "key=0: must be above 0"
+
+
+class Refuses:
+    def __init__(self, job):
+        pass
+
+    def run(self, part):
+        raise ValueError("key=0: must\nbe above 0")
+
+
+class RefusesOrFails(Refuses):
+    def run(self, part):
+        if part:
+            raise OSError("no disk")
+        super().run(part)
 
 
 def run_until_activations(flow):

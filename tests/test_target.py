@@ -144,6 +144,17 @@ def make(**kwargs):
 """
 
 
+def test_a_factory_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    """Of a file its folder, of a module the current one; afterwards the path is as it was."""
+    (tmp_path / "neighbour_of_nets.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(2, 3)\n")
+    (tmp_path / "my_nets.py").write_text("import neighbour_of_nets\n\nload = neighbour_of_nets.make\n")
+    before = [*sys.path]
+    assert load_target(TargetSettings("factory", f"{tmp_path}/my_nets.py:load")).model.out_features == 3
+    monkeypatch.chdir(tmp_path)
+    assert load_target(TargetSettings("factory", "my_nets:load")).model.out_features == 3
+    assert sys.path == before
+
+
 def test_code_and_arguments_are_part_of_a_target(tmp_path):
     """What weights and module names do not tell."""
     files = [tmp_path / "a.py", tmp_path / "b.py", tmp_path / "c.py"]

@@ -15,6 +15,7 @@ from flows.config import WORLD, compose
 from flows.world import main as world
 from tasks.discovery import find_layers
 from tasks.layers import LayersSettings, hooked
+from tasks.tables import SCHEMAS, make_table
 from tasks.target import load_target
 from tasks.world.clip import CONFIG, average_precision, measure
 from tasks.world.concepts import CONCEPTS, FAMILY, SYNONYMS
@@ -223,6 +224,24 @@ def test_area_and_average_precision_against_all_pairs():
 
 def neuron(unit, phrase, concepts, status="explained"):
     return {"layer": "a", "unit": unit, "phrase": phrase, "concepts": concepts, "status": status}
+
+
+def test_no_world_where_none_can_be_or_its_models_are_gone(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^out=/etc/hostname: cannot be made"):
+        world(["out=/etc/hostname", f"store.root={tmp_path}/store"])
+
+    def made(work, cluster):  # all parts, whose models are then lost
+        for part in range(work.parts):
+            columns = {name: {key: [] for key in SCHEMAS[name].names} for name in work.folder.tables}
+            work.folder.write(part, {name: make_table(name, empty) for name, empty in columns.items()})
+
+    monkeypatch.setattr("flows.world.run_stage", made)
+    arguments = [f"out={tmp_path}/made", f"store.root={tmp_path}/store"]
+    assert world(arguments) == 0
+    with pytest.raises(
+        ValueError, match=rf"^out={tmp_path}/made: clip, vit, .* gone; delete {tmp_path}/store/world/\w+ to"
+    ):
+        world(arguments)
 
 
 def truth_row(unit, kind, *concepts):
