@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin
 
 import conf
 import tasks.world
-from flows.stage import ClusterSettings
+from flows.resources import ClusterSettings
 from tasks.ablation import AblationSettings
 from tasks.activations import ActivationsSettings
 from tasks.clip import ClipSettings, JudgeSettings

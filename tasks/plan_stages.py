@@ -18,6 +18,7 @@ from tasks.coverage import HUBS, PAIRS
 from tasks.crops import crop_grid
 from tasks.drawn import PHRASES_PER_PART
 from tasks.embeddings import TEXTS_PER_PART
+from tasks.exemplars import HELD
 from tasks.layers import Layer, unit_blocks
 from tasks.moments import BINS
 from tasks.plan import (
@@ -278,8 +279,9 @@ class Planner:
             size["unit_stats"] += self.words.bytes_of("unit_stats", replace(shape, rows=len(block), per_unit=1))
         tails = sum(layer.num_units * (1 + self.signed[layer.name]) for layer in self.layers)
         merged = 3e-7 * self.shards * tails * settings.activations.k
-        block = max(map(len, self.blocks))
-        memory = BASE + block * self.shards * (2 * settings.activations.k * 12 * 5 + BINS * 16 + 8 * self.words.width)
+        block, held = max(map(len, self.blocks)), min(self.shards, HELD + 1)
+        candidates, sums = held * 2 * settings.activations.k * 12 * 5, 3 * 16 * (BINS + self.words.width)
+        memory = BASE + block * (candidates + sums)
         return self._estimate(
             "exemplars", len(self.blocks), (rows, size), other=merged, read=self.collected, memory=memory
         )

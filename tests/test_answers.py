@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.config import WORLD
-from flows.stage import ClusterSettings, Work, run_stage
+from flows.resources import ClusterSettings
+from flows.stage import Work, run_stage
 from tasks.answers import AnswersJob, AnswersWorker
 from tasks.cleaning import clean
 from tasks.llm import LlmSettings, answer_schema, check_budget, check_llm, llm_identity, most_tokens, parse_answer

@@ -13,8 +13,8 @@ import pytest
 from flows import sweep
 from flows.cli import main, run_flow
 from flows.config import CONF, compose, groups, multirun
+from flows.resources import Resources
 from flows.run import load_run
-from flows.stage import Resources
 from tasks.clip import JudgeSettings
 from tasks.discovery import find_layers
 from tasks.layers import LayersSettings

@@ -11,8 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flows.config import compose
+from flows.resources import ClusterSettings
 from flows.run import load_run
-from flows.stage import ClusterSettings, start_ray
+from flows.stage import start_ray
 from flows.sweep import Sweep
 from tasks.decoding import from_processes, processes
 from tasks.forward import worker_device

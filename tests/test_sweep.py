@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.config import compose
+from flows.resources import ClusterSettings
 from flows.run import TABLES, load_run
-from flows.stage import ClusterSettings, StageFailed, Work, run_stage
+from flows.stage import StageFailed, Work, run_stage
 from flows.sweep import Sweep
 from tasks.store import Folder, StoreSettings
 from tests import killing, samples
