@@ -57,7 +57,7 @@ def test_every_choice_of_every_group_composes(group):
         ("patches.crops.sizes=[2]", "patches.crops.sizes=[2.0]: allowed are shares in (0, 1]"),
         ("clip.dtype=int8", "clip.dtype=int8: allowed are float32, float16, bfloat16"),
         ("layers.pool=median", "layers.pool=median: allowed are max, mean, cls"),
-        ("layers.names=[]", "layers.names is empty: allowed are mlp, residual, conv, logits, all, heads, sae and"),
+        ("layers.names=[]", "layers.names is empty: give presets such as mlp, or globs over"),
         ("scorer.name=best", "scorer.name=best: allowed are mean_cosine, contrastive, weighted_mean, correlation"),
         ("scorer.params.top=3", "scorer.params.top: unknown for joint; allowed are top_k, a"),
         ("scorer.params.top_k=abc", "scorer.params.top_k=abc: allowed are whole numbers from 1"),

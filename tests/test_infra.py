@@ -619,7 +619,8 @@ def objects(root):
     store = Store(StoreSettings(root))
     store.fs.invalidate_cache()
     written = store.fs.find(store.root, detail=True)
-    return {name[len(store.root) + 1 :]: facts["LastModified"] for name, facts in written.items()}
+    files = {name: facts for name, facts in written.items() if facts["type"] == "file"}  # one may appear meanwhile
+    return {name[len(store.root) + 1 :]: facts["LastModified"] for name, facts in files.items()}
 
 
 def tables(root):
