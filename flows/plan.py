@@ -18,13 +18,13 @@ from flows.causes import check_causes
 from flows.config import Config, check_world, compose, flow_arguments
 from tasks.cleaning import clean
 from tasks.images import ImageReader
+from tasks.listing import list_images
 from tasks.phrases import check_number, listed
 from tasks.pixels import BadImage, decode
 from tasks.plan import Estimate, Facts, Rates, Work, answered, money, seconds
 from tasks.plan_bytes import Words, made_up_words
 from tasks.plan_models import TargetSketch, sketch_clip, sketch_target, timed
 from tasks.plan_stages import Planner
-from tasks.probing import list_images
 from tasks.words import other_words
 
 LOOKED = 32

@@ -39,9 +39,9 @@ from tasks.coverage import CoverageJob
 from tasks.explanations import Earlier, ExplanationsJob
 from tasks.forward import Description, describe
 from tasks.layers import unit_blocks
+from tasks.listing import list_images
 from tasks.neurons import NeuronsJob
 from tasks.phrases import VocabularySettings, identity
-from tasks.probing import list_images
 from tasks.scorers import ScorerSettings
 from tasks.scores import ScoresJob
 from tasks.store import Store

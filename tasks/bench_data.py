@@ -23,10 +23,11 @@ from tasks.forward import TargetPass
 from tasks.image_embeddings import ImageEmbeddingsJob, ImageEmbeddingsWorker
 from tasks.images import ImageList
 from tasks.layers import Layer, unit_blocks
+from tasks.listing import list_images
 from tasks.neurons import NeuronsJob, NeuronsSettings, NeuronsWorker
 from tasks.patches import PatchesJob, PatchesSettings, PatchesWorker
 from tasks.pixels import Preprocess
-from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images
+from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker
 from tasks.scorers import ScorerSettings
 from tasks.scores import ScoresJob, ScoresWorker
 from tasks.store import Folder, StoreSettings

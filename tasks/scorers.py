@@ -301,18 +301,6 @@ def share_asked(evidence: Evidence, chosen: ScorerSettings) -> torch.Tensor:
     return evidence.has_exemplar_UK[:, :top_k].float().mean(1, keepdim=True)
 
 
-def unexplained(summed_UD: torch.Tensor, concept_UD: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
-    """Evidence.summed_UD of what one concept per unit leaves of it: the part of the activation that does not follow the
-    similarity s_c linearly. One step of matching pursuit (Mallat and Zhang 1993).
-
-    With y = activation and centred vectors X [N, D], covariance S = X'X / N: the regression of y on s_c = X c has the
-    slope w.c / (N c'Sc), so X'(y - slope s_c) = w - (w.c / c'Sc) S c.
-    """
-    follows_UD = concept_UD @ covariance_DD
-    spread_U1 = (follows_UD * concept_UD).sum(1, keepdim=True).clamp(min=1e-12)
-    return summed_UD - (summed_UD * concept_UD).sum(1, keepdim=True) / spread_U1 * follows_UD
-
-
 def log_mean_exp(total_C: torch.Tensor, count: int) -> torch.Tensor:
     """Log of the mean, from the log of the sum."""
     return total_C - math.log(count)

@@ -22,8 +22,9 @@ from tasks.evidence import Evidence, Sample
 from tasks.forward import worker_device
 from tasks.images import ImageList
 from tasks.layers import Block
+from tasks.meanings import above_median, adding, meaning_shares, share
 from tasks.pixels import to_device
-from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, share_asked, unexplained, weighted_mean
+from tasks.scorers import SCORERS, ScorerSettings, following, log_mean_exp, share_asked, weighted_mean
 from tasks.signs import rectified
 from tasks.store import Folder, PartReport, hash64
 from tasks.tables import make_table, matrix
@@ -32,14 +33,6 @@ CHUNK = 32
 """Units scored at once."""
 NULL_CROPS = 2048
 """Random crops per size behind the null mean and deviation."""
-ADDS, LEADS = 0.15, 0.2
-"""A second meaning must add this share of what the first one says, and lead the median concept by this share of the
-first's lead. Of planted units with two meanings 53 of 60 show both so, and 4 % of those with one get a second
-(docs/design.md, section 9)."""
-CLUSTER = 0.2
-"""Share of the patches below which they are no meaning of their own."""
-SHARE_Z = 1.645
-"""A patch matches a concept if its similarity is above the 95 % quantile of random crops, taken as normal."""
 
 
 @dataclass
@@ -269,8 +262,8 @@ class ScoresWorker:
         """The kept concepts of a few units: columns [U, R] of the table, on the device."""
         keep = min(self.job.settings.keep, scores_UC.shape[1])
         best, index = scores_UC.topk(keep, dim=1)
-        lead_UC = _above_median(weighted_mean(evidence))
-        weight_UC = lead_UC if self.scorer.logs else _above_median(scores_UC)
+        lead_UC = above_median(weighted_mean(evidence))
+        weight_UC = lead_UC if self.scorer.logs else above_median(scores_UC)
         first_U1 = index[:, :1]
         adds = adding(evidence, first_U1, self.covariance_DD) if keep > 1 else torch.full_like(first_U1, -1)
         missing = (index != adds).all(1) & (adds[:, 0] >= 0)
@@ -302,51 +295,8 @@ class ScoresWorker:
         return make_table("scores", columns)
 
 
-def _above_median(values_UC: torch.Tensor) -> torch.Tensor:
-    return values_UC - values_UC.median(1, keepdim=True).values
-
-
-def adding(evidence: Evidence, first_U1: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
-    """int64 [U, 1], of the concepts with a lead (LEADS) the one that fits best what the first leaves unexplained: the
-    other half of a unit that means two things, which near-synonyms of the first would crowd out. -1 where none adds
-    enough (ADDS). All by the plain sums: cubes listen to the stronger half alone."""
-    first_UD, spread_C = evidence.concepts_CD[first_U1[:, 0]], evidence.null_std_LC[0]
-    fits_UC, rest_UC = (
-        sums_UD @ evidence.concepts_CD.T / spread_C
-        for sums_UD in (evidence.summed_UD, unexplained(evidence.summed_UD, first_UD, covariance_DD))
-    )
-    lead_UC, rest_UC = _above_median(fits_UC), rest_UC.scatter(1, first_U1, -torch.inf)
-    rest_UC = rest_UC.masked_fill(lead_UC <= LEADS * lead_UC.gather(1, first_U1).clamp(min=0), -torch.inf)
-    gain_U1, adds_U1 = rest_UC.max(1, keepdim=True)
-    return adds_U1.where(gain_U1 > ADDS * fits_UC.gather(1, first_U1), -1)
-
-
 def _by_rank(table: pa.Table, column: str, block: Block, width: int) -> np.ndarray:
     """int64 [units, width] of a column of a block's table laid out by rank, -1 where a unit has fewer."""
     laid = np.full((len(block), width), -1, np.int64)
     laid[table["unit"].to_numpy() - block.start, table["rank"].to_numpy()] = table[column].to_numpy()
     return laid
-
-
-def _patch_z(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
-    """[U, P, R], similarity of each patch to a few concepts per unit, in standard deviations above random crops."""
-    levels_UP1, index_U1R = evidence.levels_UP[:, :, None], index_UR[:, None]
-    similarity_UPR = evidence.patches_UPD @ evidence.concepts_CD[index_UR].transpose(1, 2)
-    return (similarity_UPR - evidence.null_mean_LC[levels_UP1, index_U1R]) / evidence.null_std_LC[levels_UP1, index_U1R]
-
-
-def share(evidence: Evidence, index_UR: torch.Tensor) -> torch.Tensor:
-    """[U, R], share of each unit's patches that match each of its kept concepts."""
-    matches_UPR = (_patch_z(evidence, index_UR) > SHARE_Z) & evidence.has_patch_UP[:, :, None]
-    return matches_UPR.sum(1) / evidence.has_patch_UP.sum(1, keepdim=True).clamp(min=1)
-
-
-def meaning_shares(evidence: Evidence, first_U1: torch.Tensor, adds_U1: torch.Tensor) -> torch.Tensor:
-    """[U, 2], share of each unit's patches that the first concept fits best and that the one that adds to it does; 1
-    and 0 where nothing adds, or to less than CLUSTER of them. The patches' two clusters, with the concepts as centres.
-    """
-    z_UP2 = _patch_z(evidence, torch.cat([first_U1, adds_U1.clamp(min=0)], 1))
-    other_UP = (z_UP2[:, :, 1] > z_UP2[:, :, 0]) & evidence.has_patch_UP & (adds_U1 >= 0)
-    other_U = other_UP.sum(1) / evidence.has_patch_UP.sum(1).clamp(min=1)
-    other_U = torch.where(other_U >= CLUSTER, other_U, 0)
-    return torch.stack([1 - other_U, other_U], 1)

@@ -10,7 +10,8 @@ from tasks.exemplars import ExemplarsJob, ExemplarsWorker
 from tasks.forward import TargetPass, describe
 from tasks.images import ImageList
 from tasks.layers import LayersSettings, unit_blocks
-from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images
+from tasks.listing import list_images
+from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker
 from tasks.store import Folder, StoreSettings
 from tasks.tables import make_table
 from tasks.target import TargetSettings

@@ -26,8 +26,9 @@ from PIL import Image
 
 from tasks.decoding import AHEAD, from_processes
 from tasks.images import SPLITS, ImageList, ImageReader, decoded_there, image_column
+from tasks.listing import list_images
 from tasks.pixels import BadImage, Preprocess, decode
-from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, list_images, split_of
+from tasks.probing import ProbingJob, ProbingSettings, ProbingWorker, split_of
 from tasks.store import Folder, StoreSettings
 from tasks.tables import make_table
 

@@ -16,9 +16,9 @@ from tasks.correlation import correlations, fisher, followed
 from tasks.evidence import Evidence, Sample
 from tasks.explanations import explain
 from tasks.layers import Block
+from tasks.meanings import adding, meaning_shares, share, unexplained
 from tasks.neurons import NeuronsSettings, benjamini_hochberg, decide, unit_state
-from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, peak_or_whole, ranks, share_asked, unexplained
-from tasks.scores import adding, meaning_shares, share
+from tasks.scorers import SCORERS, ScorerSettings, log_mean_exp, peak_or_whole, ranks, share_asked
 from tasks.tables import make_table
 from tasks.validation import best_rival
 

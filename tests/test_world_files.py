@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.images import ImageReader
+from tasks.listing import list_images
 from tasks.pixels import decode
-from tasks.probing import ProbingSettings, list_images
+from tasks.probing import ProbingSettings
 from tasks.world.files import number_of, scenes_of
 from tasks.world.truth import stream
 from tests import samples
