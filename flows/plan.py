@@ -8,7 +8,7 @@ Out: one line per stage, totals, what costs most.
 
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{key}={own[key]}: must be at least {least}")
     config, chosen = compose(rest), Rates(**{name: own[name] for name in rates})
     facts = look(config, own["images"], own["measure"] == "true")
+    config = replace(config, probing=config.probing.sharded(facts.images))
     lines = priced(config, Planner(config, facts, chosen).estimates(), facts, chosen, own)
     print("\n".join([f"plan of run {config.run}: {_subject(facts)}", HEAD, *map(_text, lines), *_totals(lines)]))
     print(f"assumed: {', '.join(f'{key}={value:g}' for key, value in asdict(chosen).items() if value)}")

@@ -76,10 +76,10 @@ class Sweep(CausesStages):
 
     def __init__(self, config: Config) -> None:
         """Look at everything that can be wrong before anything is written or started. Raises ValueError."""
-        self.config = config
         check_world(config)
-        self.manifest = Run(str(config.run), config.store, asdict(config))
         self.rows, self.stamp = list_images(config.probing)
+        self.config = config = replace(config, probing=config.probing.sharded(len(self.rows)))
+        self.manifest = Run(str(config.run), config.store, asdict(config))
         self.clip = clip_identity(config.clip)
         self.judge = clip_identity(config.judge) if config.judge else None
         self.target: Description = describe(config.target, config.layers)

@@ -111,6 +111,7 @@ class Chain:
     def __post_init__(self) -> None:
         self.blocks = unit_blocks(self.layers, UNIT_BLOCK)
         rows = list_images(self.probing)[0]
+        self.probing = self.probing.sharded(len(rows))
         self.shards = -(-len(rows) // self.probing.shard_size)
         self.listing = self.folder("listing")
         self.listing.write(0, {"listing": make_table("listing", {c: [row[c] for row in rows] for c in rows[0]})})

@@ -5,7 +5,7 @@ In: the listing, which is the fixed shard list (tasks/listing.py). Out: the imag
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tasks.images import SPLITS, ImageReader
@@ -35,8 +35,9 @@ class ProbingSettings:
     """Another number splits the images anew."""
     half: int | None = None
     """0 or 1: of the explain images only this half is used. Names that both halves agree on are stable."""
-    shard_size: int = 1024
-    """Images per shard: the unit of work and of resume. A multiple of batch_size."""
+    shard_size: int = 0
+    """Images per shard: the unit of work and of resume. A multiple of batch_size; 0: an eighth of the images, at least
+    128 and at most 1,024, so that a thousand photos keep eight workers busy."""
     batch_size: int = 32
     """Images per model call; every call has exactly this shape."""
     pooled_max: int = 10_000
@@ -61,16 +62,20 @@ class ProbingSettings:
             raise ValueError(f"probing.batch_size={self.batch_size}: must be at least 1")
         if self.pooled_max < 0:
             raise ValueError(f"probing.pooled_max={self.pooled_max}: must be at least 0")
-        if self.shard_size < 1 or self.shard_size % self.batch_size:
-            raise ValueError(
-                f"probing.shard_size={self.shard_size}: must be a multiple of probing.batch_size={self.batch_size}"
-            )
+        if self.shard_size < 0 or self.shard_size % self.batch_size:
+            allowed = f"0, which is an eighth of the images, and multiples of probing.batch_size={self.batch_size}"
+            raise ValueError(f"probing.shard_size={self.shard_size}: allowed are {allowed}")
         refuse_secrets("probing.options", self.options)
 
     @property
     def uris(self) -> list[str]:
         given = self.uri if isinstance(self.uri, list | tuple) else [] if self.uri is None else [self.uri]
         return [str(uri) for uri in given]  # a folder may be called 2024
+
+    def sharded(self, num_images: int) -> "ProbingSettings":
+        """With the size of a shard chosen: from the number of images alone, never from that of the workers."""
+        size = min(max(-(-num_images // 8), 128), 1024)
+        return replace(self, shard_size=self.shard_size or -(-size // self.batch_size) * self.batch_size)
 
 
 def split_of(content: str, explain: float, select: float, seed: int = 0, half: int | None = None) -> str:

@@ -51,6 +51,7 @@ def draw_folder(folder: Path, count: int, scale: int = 1) -> Path:
 def probe(root: Path, settings: ProbingSettings) -> ImageList:
     """Listing and images tables of a probing dataset."""
     store, rows = StoreSettings(str(root)), list_images(settings)[0]
+    settings = settings.sharded(len(rows))
     listing = Folder(store, "listing", "x", ("listing",))
     listing.write(0, {"listing": make_table("listing", {c: [row[c] for row in rows] for c in rows[0]})})
     images = Folder(store, "probing", "x", ("images",))

@@ -534,7 +534,7 @@ def test_bad_parquet(place, data):
         ("explain", {"explain": 0.0, "select": 0.5, "validate": 0.5}),
         ("batch_size", {"batch_size": 0}),
         ("shard_size", {"shard_size": 100, "batch_size": 32}),
-        ("shard_size", {"shard_size": 0}),
+        ("shard_size", {"shard_size": -32}),
         ("pooled_max", {"pooled_max": -1}),
         ("options.secret", {"options": {"secret": "x"}}),
         ("options.client_kwargs.aws_secret_access_key", {"options": {"client_kwargs": {"aws_secret_access_key": "x"}}}),
@@ -901,6 +901,14 @@ def test_images_out_of_order_are_refused(tmp_path):
     out.write(1, {"images": images.table.slice(0, 3)})
     with pytest.raises(AssertionError, match="stored order"):
         len(ImageList(out, 3, 3, 10, {}))
+
+
+@given(st.integers(1, 10**7), st.integers(1, 4096))
+def test_shards_are_whole_batches_and_keep_eight_workers_busy(num_images, batch_size):
+    chosen = ProbingSettings("x", batch_size=batch_size).sharded(num_images)
+    assert chosen.shard_size % batch_size == 0
+    assert 0 <= chosen.shard_size - min(max(num_images / 8, 128), 1024) < batch_size + 1
+    assert chosen.sharded(1) == chosen, "what is said stays"
 
 
 def test_a_list_travels_without_its_table():
