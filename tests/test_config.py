@@ -51,7 +51,7 @@ def test_every_choice_of_every_group_composes(group):
         ("probing.shard_size=abc", "probing.shard_size=abc: expected int"),
         (
             "probing.shard_size=33",
-            "probing.shard_size=33: allowed are 0, which is an eighth of the images, and multiples of probing.batch_size=32",
+            "probing.shard_size=33: allowed are 0, which is an eighth",
         ),
         ("probing.explain=0.9", "probing.explain=0.9, probing.select=0.1, probing.validate=0.2: shares must"),
         ("probing.format=zip", "probing.format=zip: allowed are auto, folder, webdataset, parquet"),
