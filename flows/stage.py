@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
 import time
@@ -235,7 +236,7 @@ def release_hosts(keep: Resources | None) -> None:
 
 
 def start_ray(cluster: ClusterSettings) -> None:
-    """Join the cluster, or start one on this machine with its ports on loopback and without the dashboard.
+    """Join the cluster, or start one on this machine, which takes calls with a token of its own and has no dashboard.
 
     Raises ValueError naming cluster.address where no cluster answers there.
     """
@@ -254,12 +255,19 @@ def start_ray(cluster: ClusterSettings) -> None:
             hint = "is Ray running there, with the same RAY_AUTH_MODE and token?"
             raise ValueError(f"cluster.address={cluster.address}: {hint} {' '.join(str(error).split())}") from None
     else:
-        ray.init(
-            num_cpus=cluster.num_cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            logging_level=logging.WARNING,
-        )
+        _make_token()
+        where = "local"  # not what RAY_ADDRESS names
+        ray.init(where, num_cpus=cluster.num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+def _make_token() -> None:
+    """Ray listens on every address of the machine, whatever it is told (tried with 2.58): without a token whoever
+    reaches it runs what he likes. What the user has set stays."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from ray import _raylet
+
+    cast(Any, _raylet).Config.initialize("")  # it read the environment when it was imported
 
 
 def _check_room(stage: str, need: Resources, patience: float, waited: float, told: bool) -> bool:

@@ -8,17 +8,20 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from flows.config import compose
 from flows.resources import ClusterSettings
 from flows.run import TABLES, load_run
-from flows.stage import StageFailed, Work, run_stage
+from flows.stage import StageFailed, Work, run_stage, start_ray
 from flows.sweep import Sweep
 from tasks.store import Folder, StoreSettings
 from tests import killing, samples
@@ -139,6 +142,19 @@ def test_runs_share_common_stages(drawn, reference, tmp_path):
 def test_ray_gives_the_same_bytes(drawn, reference, tmp_path):
     sweep(drawn, tmp_path, "cluster=local", "cluster.num_cpus=2")
     assert_same_tables(reference, tmp_path)
+
+
+STRANGER = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); print('joined')"
+
+
+def test_a_stranger_cannot_use_the_ray_of_a_sweep():
+    start_ray(ClusterSettings(num_cpus=2))
+    address = ray.get_runtime_context().gcs_address
+    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for environment, said in ((known, ""), (dict(os.environ), "joined\n")):
+        command = [sys.executable, "-c", STRANGER, address]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.stdout == said, done.stderr
 
 
 def test_s3_gives_the_same_bytes(drawn, reference, s3, tmp_path):
