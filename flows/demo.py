@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 def _sweep(net: str, run: str, overrides: list[str]) -> Sweep:
     own = [f"target=world_{net}", f"layers.names={LAYERS[net]}", "vocabulary=world", "neurons.twin=true"]
     config = compose(["experiment=world", *own, f"run={run}-{net}", *overrides])
-    if not all(uri.startswith("world://") for uri in config.probing.uris):
+    if not config.probing.drawn:
         raise ValueError(f"probing.uri={config.probing.uri}: the demo needs drawn scenes, such as world://mine/500")
     return Sweep(config)
 

@@ -123,7 +123,7 @@ class EvidenceStages:
 
     def _target_pass(self) -> TargetPass:
         config, about = self.config, self.target
-        digest = about.digest if config.target.pretrained or config.target.checkpoint else None
+        digest = None if config.target.random else about.digest
         return TargetPass(
             self.images, config.target, about.layers, self.dtype, config.cluster.threads, about.channels_last, digest
         )
@@ -143,7 +143,8 @@ class EvidenceStages:
         folder = self.manifest.plan("exemplars", {"activations": self.hash("activations")}, parts)
         job = ExemplarsJob(folder, self.images, self.folder("activations"), self.blocks, self.config.activations.k)
         self._stage(job, self.num_units, "unit")
-        if not max(folder.read_all("unit_stats", columns=["count"])["count"].to_pylist()):
+        counts = (folder.read("unit_stats", part, columns=["count"])["count"].to_numpy() for part in range(parts))
+        if not any(count.any() for count in counts):  # nearly always the first part tells
             raise ValueError(
                 f"target.dtype={self.dtype}: no activation of any unit is finite on any image; "
                 "try target.dtype=float32, and look at the weights"

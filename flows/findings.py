@@ -30,7 +30,7 @@ class FindingStages(VocabularyStages):
     def drawn(self) -> None:
         """Only over images of the drawn world: there every name of the world can be drawn and tested."""
         config = self.config
-        if not all(uri.startswith("world://") for uri in config.probing.uris):
+        if not config.probing.drawn:
             return
         phrases = named_phrases(self.folder("neurons"))
         parts = max(1, -(-len(phrases) // PHRASES_PER_PART))
@@ -43,7 +43,7 @@ class FindingStages(VocabularyStages):
     def truth(self) -> None:
         """The same, of the scenes that there are."""
         read = ("activations", "neurons")
-        if not all(uri.startswith("world://") for uri in self.config.probing.uris):
+        if not self.config.probing.drawn:
             return
         payload = {stage: self.hash(stage) for stage in read} | {"world": [files.VERSION, orders.VERSION]}
         folder = self.manifest.plan("truth", payload, len(self.blocks), ("numpy", "scipy"))

@@ -85,13 +85,14 @@ def look(config: Config, images: int = 0, measure: bool = False) -> Facts:
     words = Words(rows, concepts, sizes, clip.width, crops, text, target.layers[0].name)
     against = config.vocabulary.against
     other = len(clean(other_words(against), 12)[0]) if against else None
-    drawn = all(uri.startswith("world://") for uri in config.probing.uris) and bool(config.probing.uris)
     gpu = config.cluster.on_gpu("activations")
     dtypes = {"target": config.target.dtype, "clip": config.clip.dtype}
     dtypes |= {"judge": config.judge.dtype} if config.judge else {}
     half = tuple(model for model, dtype in dtypes.items() if gpu and dtype != "float32")
     spent = timed(config.target, config.clip, config.probing.batch_size, config.cluster.threads) if measure else ()
-    facts = Facts(images or len(rows), drawn, target, clip, judge, len(concepts), prompts, other, words, half)
+    facts = Facts(
+        images or len(rows), config.probing.drawn, target, clip, judge, len(concepts), prompts, other, words, half
+    )
     facts.seconds = dict(zip(("target", "clip"), spent, strict=False))
     return facts
 

@@ -127,10 +127,9 @@ def _folder_config(folder: str, key: str, weights: bool = True) -> dict:
         assert isinstance(config["model_cfg"], dict)
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"{key}.name={folder}: not an open_clip folder: {error}") from None
+    # Where there are none, open_clip takes random ones.
     if weights and not any(name.endswith((".safetensors", ".bin", ".pth")) for name in os.listdir(folder)):
-        raise ValueError(
-            f"{key}.name={folder}: no weights there, such as open_clip_model.safetensors"
-        )  # or random ones
+        raise ValueError(f"{key}.name={folder}: no weights there, such as open_clip_model.safetensors")
     return config
 
 

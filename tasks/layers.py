@@ -1,8 +1,7 @@
 """Layers of a target model: how many units, and where in the image each position lies.
 
-In: the output of a layer's module. Out: views of it as maps [batch, units, positions],
-pooled activations, crops of positions; hooks on the modules. Which layers a model has is found out in
-tasks/discovery.py.
+In: the output of a layer's module. Out: views of it as maps [batch, units, positions], pooled activations; hooks on the
+modules. Which layers a model has is found out in tasks/discovery.py.
 
 The units of a layer are the channels of a module's output; or attention heads, or the latents of a sparse autoencoder,
 which a reader makes of what passes there. What a Layer is asked about is the output, or what its reader made of it.

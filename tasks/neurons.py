@@ -112,7 +112,7 @@ class NeuronsWorker:
         nets = [job.chance.read("chance", part) for part in sorted(job.chance.done())]
         others = predicted(nets[1:], settings.twin_confidence)  # the first net is the twin, whose names are judged here
         found = job.twin_names.read_all("explanations", columns=["layer", "unit", "phrase"])
-        chance = chance_of(others, found["layer"], found["phrase"]).clip(settings.min_correlation).clip(max=LARGEST)
+        chance = chance_of(others, found["layer"], found["phrase"]).clip(settings.min_correlation, LARGEST)
         correlation = job.twin.read_all("validation", columns=["correlation"])["correlation"].to_numpy()
         ratios = np.arctanh(correlation.astype(np.float64)) / np.arctanh(chance)
         odd = found["unit"].to_numpy() % 2 == 1
@@ -130,8 +130,7 @@ class NeuronsWorker:
         """
         (reached, factors), least = self.reached, self.job.settings.min_correlation
         chance = np.zeros(len(names)) if reached is None else chance_of(reached, layers, names)
-        chance = chance.clip(least).clip(max=LARGEST)
-        return np.tanh(np.arctanh(chance) * factors[units.to_numpy() % 2]).astype(np.float32)
+        return np.tanh(np.arctanh(chance.clip(least, LARGEST)) * factors[units.to_numpy() % 2]).astype(np.float32)
 
     def run(self, part: int) -> PartReport:
         report, job, block = PartReport(part), self.job, self.job.blocks[part]

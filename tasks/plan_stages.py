@@ -79,8 +79,7 @@ class Planner:
         self.sizes = self.words.sizes
         self.photo = float(np.mean([w * h for w, h in self.sizes]))
         self.cells = float(np.mean([len(crop_grid(w, h, settings.patches.crops.sizes)[0]) - 1 for w, h in self.sizes]))
-        target = settings.target
-        self.random = not (target.pretrained or target.checkpoint)
+        self.random = settings.target.random
         self._choose(self.random)
 
     def _choose(self, random: bool) -> None:

@@ -72,6 +72,11 @@ class ProbingSettings:
         given = self.uri if isinstance(self.uri, list | tuple) else [] if self.uri is None else [self.uri]
         return [str(uri) for uri in given]  # a folder may be called 2024
 
+    @property
+    def drawn(self) -> bool:
+        """Whether all images are scenes of the drawn world."""
+        return bool(self.uris) and all(uri.startswith("world://") for uri in self.uris)
+
     def sharded(self, num_images: int) -> "ProbingSettings":
         """With the size of a shard chosen: from the number of images alone, never from that of the workers."""
         size = min(max(-(-num_images // 8), 128), 1024)

@@ -187,15 +187,15 @@ class ScoresWorker:
         excite would be the marginal of the whole layer.
         """
         total_C = torch.full((len(self.concepts_CD),), -torch.inf, dtype=torch.float64, device=self.device)
-        count = 0
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
         for part in parts:
             for evidence, scores_UC in self._scored(part):
                 asked_U1 = share_asked(evidence, self.job.settings)
                 raised_UC = (scores_UC / asked_U1.clamp(min=1e-6)).masked_fill(asked_U1 == 0, -torch.inf)
                 total_C = torch.logaddexp(total_C, raised_UC.double().logsumexp(0))
-            _, image_UK, *_ = self.laid(part)
-            count += int((image_UK >= 0).any(1).sum())
-        return log_mean_exp(total_C, count).float() if count else torch.zeros_like(total_C, dtype=torch.float32)
+                count += (asked_U1 > 0).sum()
+        units = int(count)  # the one value that the host waits for
+        return log_mean_exp(total_C, units).float() if units else torch.zeros_like(total_C, dtype=torch.float32)
 
     def _scored(self, part: int) -> Iterator[tuple[Evidence, torch.Tensor]]:
         """Evidence and scores [U, C], chunk by chunk."""

@@ -75,6 +75,11 @@ class TargetSettings:
             if self.preprocess.get(key, next(iter(choices))) not in choices:
                 raise ValueError(f"target.preprocess.{key}={self.preprocess[key]}: allowed are {', '.join(choices)}")
 
+    @property
+    def random(self) -> bool:
+        """Whether no weights are read: they follow from the seed."""
+        return not (self.pretrained or self.checkpoint)
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
